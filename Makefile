@@ -1,0 +1,35 @@
+# `make` alone lists the targets. Everything runs in .venv, which `make install` makes by itself.
+PYTHON ?= python3
+AUDIO ?= samples/demo.flac
+MODEL ?= demo
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test check clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED) ## the environment in .venv, with the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+run: $(INSTALLED) ## transcribe: make run AUDIO=speech.mp3 MODEL=tiny
+	@$(BIN)/python -m encoder.run --model '$(MODEL)' '$(AUDIO)'
+
+test: check ## ruff, mypy and all tests
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove .venv and build/
+	rm -rf $(VENV) build

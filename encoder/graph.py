@@ -1,0 +1,154 @@
+"""Whisper's audio encoder as a MAX Graph, written once; it computes nothing by itself.
+
+Lay it beside `whisper/model.py` (openai-whisper v20250625, classes `AudioEncoder`,
+`ResidualAttentionBlock`, `MultiHeadAttention`,
+https://github.com/openai/whisper/blob/v20250625/whisper/model.py): the names are the same, in the
+checkpoint, in this graph and in the taps. Sizes are those of tiny in the comments:
+B windows, n_mels 80, n_audio_ctx 1500, n_audio_state 384, n_audio_head 6, n_audio_layer 4.
+
+Every user of the network calls these functions: the production graph, a graph with taps, a single
+block. Two arguments make that possible:
+    weight(name) -> TensorValue    where a tensor comes from: an external constant, a graph input
+    tap(name, x) -> TensorValue    looks at `x` and returns what the network goes on with
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from max.dtype import DType
+from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
+from whisper.model import ModelDimensions
+
+from weights import expected_shapes
+
+LAYER_NORM_EPSILON = 1e-5  # the default of torch.nn.LayerNorm, which Whisper uses
+
+WeightSource = Callable[[str], TensorValue]
+Tap = Callable[[str, TensorValue], TensorValue]
+
+
+def no_tap(name: str, x: TensorValue) -> TensorValue:
+    """Production: the network goes on with `x`, nobody looks."""
+    return x
+
+
+def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> TensorValue:
+    """`torch.nn.Linear`: x (..., in), weight (out, in), bias (out,) or none -> (..., out)."""
+    y = x @ ops.transpose(weight, 0, 1)
+    return y if bias is None else y + bias
+
+
+def conv1d(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) -> TensorValue:
+    """`torch.nn.Conv1d` with kernel 3 and padding 1, channels last: three views, one product.
+
+    x (B, frames, in), weight (out, in, 3), bias (out,) -> (B, frames / stride, out). Not
+    `ops.conv2d`, of which wrong results at padded edges are reported (modular#6461, #6712).
+    """
+    batch, frames, channels = x.shape
+    n_out, n_in, kernel = (int(d) for d in weight.shape)
+    edge = ops.broadcast_to(ops.constant(0.0, x.dtype, x.device), [batch, 1, channels])
+    padded = ops.concat([edge, x, edge], axis=1)  # (B, frames + 2, in)
+    views = [padded[:, tap : tap + int(frames) : stride, :] for tap in range(kernel)]
+    columns = ops.concat(views, axis=2)  # (B, frames / stride, 3 * in)
+    matrix = ops.reshape(ops.permute(weight, [2, 1, 0]), [kernel * n_in, n_out])
+    return columns @ matrix + bias
+
+
+def layer_norm(x: TensorValue, weight: WeightSource, name: str) -> TensorValue:
+    """`torch.nn.LayerNorm` over the last axis: x (..., n_state) -> (..., n_state)."""
+    gamma, beta = weight(f"{name}.weight"), weight(f"{name}.bias")
+    return ops.layer_norm(x, gamma, beta, epsilon=LAYER_NORM_EPSILON)
+
+
+def stem(mel: TensorValue, weight: WeightSource, tap: Tap = no_tap) -> TensorValue:
+    """mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state), positions added."""
+    x = ops.permute(tap("mel", mel), [0, 2, 1])  # (B, 80, 3000) -> (B, 3000, 80)
+    x = tap("conv1", conv1d(x, weight("conv1.weight"), weight("conv1.bias"), stride=1))
+    x = tap("conv1.gelu", ops.gelu(x, approximate="none"))  # (B, 3000, 384)
+    x = tap("conv2", conv1d(x, weight("conv2.weight"), weight("conv2.bias"), stride=2))
+    x = tap("conv2.gelu", ops.gelu(x, approximate="none"))  # (B, 1500, 384)
+    return tap("positional_embedding", x + weight("positional_embedding"))
+
+
+def attention(
+    x: TensorValue, weight: WeightSource, name: str, n_head: int, tap: Tap = no_tap
+) -> TensorValue:
+    """`MultiHeadAttention` over itself, no mask: x (B, T, n_state) -> (B, T, n_state).
+
+    The compiler turns `softmax((q @ k) * scale) @ v` into one fused kernel; the order of the
+    operands of the multiplication matters to it.
+    """
+    batch, n_ctx, n_state = x.shape
+    n_head_state = int(n_state) // n_head  # 64 in every Whisper
+    q = linear(x, weight(f"{name}.query.weight"), weight(f"{name}.query.bias"))
+    k = linear(x, weight(f"{name}.key.weight"), None)  # Whisper's key has no bias
+    v = linear(x, weight(f"{name}.value.weight"), weight(f"{name}.value.bias"))
+    q, k, v = tap(f"{name}.query", q), tap(f"{name}.key", k), tap(f"{name}.value", v)
+
+    def heads(y: TensorValue) -> TensorValue:  # (B, T, 384) -> (B, 6, T, 64)
+        return ops.permute(ops.reshape(y, [batch, n_ctx, n_head, n_head_state]), [0, 2, 1, 3])
+
+    scale = n_head_state**-0.5  # 1/sqrt(64); OpenAI gives 64**-0.25 to q and to k
+    scores = heads(q) @ ops.transpose(heads(k), 2, 3)  # (B, 6, T, T)
+    wv = ops.softmax(scores * scale) @ heads(v)  # (B, 6, T, 64)
+    wv = ops.reshape(ops.permute(wv, [0, 2, 1, 3]), [batch, n_ctx, n_state])
+    wv = tap(f"{name}.qkv_attention", wv)
+    return tap(f"{name}.out", linear(wv, weight(f"{name}.out.weight"), weight(f"{name}.out.bias")))
+
+
+def mlp(x: TensorValue, weight: WeightSource, name: str, tap: Tap = no_tap) -> TensorValue:
+    """Linear, exact GELU, Linear: x (B, T, n_state) -> (B, T, 4 * n_state) -> (B, T, n_state)."""
+    x = tap(f"{name}.0", linear(x, weight(f"{name}.0.weight"), weight(f"{name}.0.bias")))
+    x = tap(f"{name}.1", ops.gelu(x, approximate="none"))
+    return tap(f"{name}.2", linear(x, weight(f"{name}.2.weight"), weight(f"{name}.2.bias")))
+
+
+def block(
+    x: TensorValue, weight: WeightSource, name: str, n_head: int, tap: Tap = no_tap
+) -> TensorValue:
+    """`ResidualAttentionBlock`: x (B, T, n_state) -> (B, T, n_state), norms before the branches."""
+    attn_ln = tap(f"{name}.attn_ln", layer_norm(x, weight, f"{name}.attn_ln"))
+    x = tap(f"{name}.attn.residual", x + attention(attn_ln, weight, f"{name}.attn", n_head, tap))
+    mlp_ln = tap(f"{name}.mlp_ln", layer_norm(x, weight, f"{name}.mlp_ln"))
+    return tap(name, x + mlp(mlp_ln, weight, f"{name}.mlp", tap))
+
+
+def encoder(
+    mel: TensorValue, weight: WeightSource, dims: ModelDimensions, tap: Tap = no_tap
+) -> TensorValue:
+    """`AudioEncoder`: mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state)."""
+    x = stem(mel, weight, tap)
+    for layer in range(dims.n_audio_layer):
+        x = block(x, weight, f"blocks.{layer}", dims.n_audio_head, tap)
+    return tap("ln_post", layer_norm(x, weight, "ln_post"))
+
+
+def encoder_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
+    """The encoder's tensors as this graph names them ("conv1.weight") with their shapes."""
+    shapes = expected_shapes(dims, decoder=False)
+    return {name.removeprefix("encoder."): shape for name, shape in shapes.items()}
+
+
+def external_weights(dims: ModelDimensions, device: DeviceRef) -> WeightSource:
+    """Float32 external constants, bound by name when the compiled model is initialised.
+
+    They are declared on the host, where the checkpoint is, and moved to `device` once.
+    """
+    shapes = encoder_shapes(dims)
+
+    def weight(name: str) -> TensorValue:
+        host = TensorType(DType.float32, shapes[name], DeviceRef.CPU())
+        value = ops.constant_external(name, host)
+        return value if device.is_cpu() else value.to(device)
+
+    return weight
+
+
+def build(dims: ModelDimensions, device: DeviceRef) -> Graph:
+    """The production graph: one input, mel, with any batch size; one output, the features."""
+    mel_type = TensorType(DType.float32, ["batch", dims.n_mels, 2 * dims.n_audio_ctx], device)
+    with Graph("whisper_audio_encoder", input_types=[mel_type]) as graph:
+        (mel,) = graph.inputs
+        graph.output(encoder(mel.tensor, external_weights(dims, device), dims))
+    return graph

@@ -1,0 +1,1 @@
+"""Is it the same function: the measures that parity is judged by."""
