@@ -1,0 +1,216 @@
+"""The MAX encoder is the stock encoder: numbers, kernels, buffers; and it is ours that ran."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SAMPLES, first_window, noise_mel, sample_rows, silence_mel
+
+import encoder.engine
+from encoder.engine import Engine, EngineError
+from validation.metrics import max_abs, relative_l2
+from validation.reference import float64_encoder, run_eager, run_float64, stock_encoder
+from weights import Checkpoint
+
+# A prototype measured 2.7e-6 and 3.7e-5 on the real tiny.en encoder with speech.
+RELATIVE_L2 = 1e-5
+MAX_ABS = 2e-4
+EDGE = 3  # frames at either end: a padded edge touches one of conv1's and one of conv2's
+
+
+def assert_same(ours: torch.Tensor, checkpoint: Checkpoint, mel: torch.Tensor) -> None:
+    """Every window, whole and at its edge frames alone, is within the limits of the stock output.
+
+    White noise is the exception for the largest single difference: there stock float32 is itself
+    1e-3 off float64 at a few elements (its fused attention 6e-4 off its eager one), so the limit
+    is four times stock's own distance from float64 where that is more.
+    """
+    stock = run_eager(stock_encoder(checkpoint), mel)
+    floor = run_float64(float64_encoder(checkpoint), mel)
+    assert ours.dtype == torch.float32
+    for a, b, exact in zip(ours, stock, floor, strict=True):
+        assert max_abs(a, b) <= max(MAX_ABS, 4 * max_abs(b, exact))
+        for frames in (slice(None), slice(EDGE), slice(-EDGE, None)):
+            assert relative_l2(a[frames], b[frames]) <= RELATIVE_L2
+
+
+def mel_of(what: str, speech: Path) -> torch.Tensor:
+    """(1 or 3, 80, 3000): the inputs that each checkpoint is compared on."""
+    if what == "batch of three":
+        return torch.cat([first_window(speech), silence_mel(), noise_mel(2)])
+    return {"speech": first_window(speech), "silence": silence_mel(), "noise": noise_mel()}[what]
+
+
+INPUTS = pytest.mark.parametrize("what", ["speech", "silence", "noise", "batch of three"])
+
+
+@INPUTS
+def test_real_encoder_is_the_same_function(real_checkpoint, real_engine, jfk, what):
+    mel = mel_of(what, jfk)
+    assert_same(real_engine(mel), real_checkpoint, mel)
+
+
+def test_real_encoder_on_speech_needs_no_exception(real_checkpoint, real_engine, jfk):
+    """The limits as they stand, and the stock encoder's fused attention within them too."""
+    mel = first_window(jfk)
+    stock = stock_encoder(real_checkpoint)
+    with torch.no_grad():
+        for expected in (run_eager(stock, mel), stock(mel)):
+            assert relative_l2(real_engine(mel), expected) <= RELATIVE_L2
+            assert max_abs(real_engine(mel), expected) <= MAX_ABS
+
+
+@INPUTS
+def test_demo_encoder_is_the_same_function(demo_checkpoint, demo_engine, what):
+    mel = mel_of(what, SAMPLES / "demo.flac")
+    assert_same(demo_engine(mel), demo_checkpoint, mel)
+
+
+def test_demo_encoder_on_every_sample(demo_checkpoint, demo_engine):
+    for row in sample_rows():
+        mel = first_window(SAMPLES / row["file"])
+        assert_same(demo_engine(mel), demo_checkpoint, mel)
+
+
+def test_a_batch_is_its_windows(demo_engine):
+    """Row by row the batch gives what the window alone gives, to float32's noise."""
+    mel = torch.cat([first_window(SAMPLES / "demo.flac"), noise_mel(3)])
+    batch = demo_engine(mel)
+    for row, window in zip(batch, mel, strict=True):
+        assert relative_l2(row, demo_engine(window[None])[0]) <= 1e-6
+
+
+def test_attention_is_the_fused_kernel(demo_checkpoint, demo_engine):
+    """One fused kernel for each layer, and no softmax left over beside them."""
+    fused = [k for k in demo_engine.kernels if "no_mask_flash_attention_cpu" in k]
+    assert len(fused) == demo_checkpoint.dims.n_audio_layer
+    assert not [k for k in demo_engine.kernels if "softmax" in k and "flash_attention" not in k]
+
+
+def perturbed(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """The checkpoint with one element of one tensor changed by 0.5."""
+    tensor = checkpoint.tensors[name].clone()
+    tensor.view(-1)[0] += 0.5
+    return replace(checkpoint, tensors={**checkpoint.tensors, name: tensor})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "encoder.conv1.weight",
+        "encoder.positional_embedding",
+        "encoder.blocks.0.attn.key.weight",
+        "encoder.blocks.3.mlp.2.bias",
+        "encoder.ln_post.weight",
+    ],
+)
+def test_our_code_ran(demo_checkpoint, demo_engine, name):
+    """One weight perturbed in what is bound to MAX: the output changes, as the reference's does."""
+    mel = first_window(SAMPLES / "demo.flac")
+    other = perturbed(demo_checkpoint, name)
+    changed = Engine(other, "cpu")(mel)
+    assert relative_l2(changed, demo_engine(mel)) > 10 * RELATIVE_L2
+    assert_same(changed, other, mel)
+
+
+def test_a_later_call_does_not_overwrite_an_earlier_result(demo_engine):
+    first = demo_engine(first_window(SAMPLES / "demo.flac"))
+    kept = first.clone()
+    addresses = {first.data_ptr()}
+    for seed in range(3):
+        addresses.add(demo_engine(noise_mel(seed)).data_ptr())
+    assert torch.equal(first, kept)
+    first.zero_()  # the caller's memory: writing to it changes no later result
+    assert torch.equal(demo_engine(first_window(SAMPLES / "demo.flac")), kept)
+    assert first.abs().max() == 0
+
+
+def test_two_engines_keep_their_own_weights(demo_checkpoint, demo_engine):
+    mel = noise_mel()
+    before = demo_engine(mel)
+    other = Engine(perturbed(demo_checkpoint, "encoder.ln_post.bias"), "cpu")
+    assert not torch.equal(other(mel), before)
+    assert torch.equal(demo_engine(mel), before)
+
+
+def test_input_is_read_without_change_and_need_not_be_contiguous(demo_engine):
+    mel = noise_mel()
+    transposed = mel.permute(0, 2, 1).contiguous().permute(0, 2, 1)
+    assert not transposed.is_contiguous()
+    kept = mel.clone()
+    assert torch.equal(demo_engine(transposed), demo_engine(mel))
+    assert torch.equal(mel, kept)
+
+
+@pytest.mark.parametrize(
+    "mel",
+    [
+        torch.zeros(1, 80, 2999),
+        torch.zeros(1, 128, 3000),
+        torch.zeros(80, 3000),
+        torch.zeros(0, 80, 3000),
+        torch.zeros(1, 80, 3000, dtype=torch.float16),
+    ],
+    ids=lambda m: f"{tuple(m.shape)} {m.dtype}",
+)
+def test_the_engine_refuses_other_input(demo_engine, mel):
+    with pytest.raises(ValueError, match="expected"):
+        demo_engine(mel)
+
+
+def test_weights_are_checked_by_name_and_shape(demo_checkpoint):
+    """MAX does not check what is bound to an artifact read from a file; the engine does."""
+    tensors = dict(demo_checkpoint.tensors)
+    del tensors["encoder.ln_post.bias"]
+    with pytest.raises(EngineError, match=r"encoder\.ln_post\.bias: found nothing"):
+        Engine(replace(demo_checkpoint, tensors=tensors), "cpu")
+    wrong = {**demo_checkpoint.tensors, "encoder.conv2.bias": torch.zeros(80)}
+    with pytest.raises(EngineError, match=r"conv2\.bias: found \(80,\), .* expects \(384,\)"):
+        Engine(replace(demo_checkpoint, tensors=wrong), "cpu")
+
+
+def test_unknown_device(demo_checkpoint):
+    with pytest.raises(EngineError, match="device is 'tpu'"):
+        Engine(demo_checkpoint, "tpu")
+
+
+@pytest.mark.skipif(encoder.engine.accelerator_count() > 0, reason="MAX sees an accelerator here")
+def test_gpu_without_one_is_an_error(demo_checkpoint):
+    with pytest.raises(EngineError, match="MAX sees none"):
+        Engine(demo_checkpoint, "gpu")
+
+
+def test_one_artifact_serves_every_checkpoint_of_the_same_encoder(demo_checkpoint):
+    """The decoder's sizes and the weights are no part of the name; the encoder's sizes are."""
+    device = encoder.engine.select_device("cpu")
+    dims = demo_checkpoint.dims
+    name = encoder.engine.artifact_name(dims, device)
+    tiny = replace(dims, n_text_layer=4, n_vocab=51865)
+    assert encoder.engine.artifact_name(tiny, device) == name
+    for other in (replace(dims, n_mels=128), replace(dims, n_audio_layer=6)):
+        assert encoder.engine.artifact_name(other, device) != name
+
+
+def test_a_damaged_artifact_is_noticed(demo_engine, demo_checkpoint, tmp_path, capsys):
+    device = encoder.engine.select_device("cpu")
+    name = encoder.engine.artifact_name(demo_checkpoint.dims, device)
+    kept = encoder.engine.artifact_folder() / name
+    copy = tmp_path / name
+    assert encoder.engine.read_artifact(copy) is None  # nothing there
+    copy.write_bytes(kept.read_bytes())
+    copy.with_suffix(".sha256").write_text(kept.with_suffix(".sha256").read_text())
+    assert encoder.engine.read_artifact(copy) is not None
+    assert capsys.readouterr().err == ""
+    copy.write_bytes(kept.read_bytes()[:-100])
+    assert encoder.engine.read_artifact(copy) is None
+    assert "is damaged and will be compiled again" in capsys.readouterr().err
+
+
+def test_progress_says_what_and_how_long(capsys):
+    with encoder.engine.progress("compiling the encoder"):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == lines[-1] == "compiling the encoder: 0 s"
