@@ -15,7 +15,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import whisper
 from torch import Tensor
@@ -23,7 +22,7 @@ from whisper.audio import N_FRAMES
 
 import weights
 from decoder_bridge.model import MaxAudioEncoder, bridged_model, stock_model
-from encoder.audio import load_audio, log_mel_spectrogram, windows
+from encoder.audio import load_audio, windows
 from encoder.engine import Engine
 from weights import Checkpoint
 
@@ -47,17 +46,6 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name} is not in MAX_WHISPER_TEST_DATA")
     return path
-
-
-def noise_mel(seed: int = 1) -> Tensor:
-    """(1, 80, 3000): 30 s of white noise at a tenth of full scale."""
-    noise = np.random.default_rng(seed).standard_normal(480_000).astype(np.float32) / 10
-    return log_mel_spectrogram(noise)[None]
-
-
-def silence_mel() -> Tensor:
-    """(1, 80, 3000): 30 s of digital silence."""
-    return log_mel_spectrogram(np.zeros(480_000, np.float32))[None]
 
 
 def first_window(path: Path) -> Tensor:

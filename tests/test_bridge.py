@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import whisper
-from conftest import SAMPLES, Pair, first_window, noise_mel, sample_rows
+from conftest import SAMPLES, Pair, first_window, sample_rows
 
 import decoder_bridge
 import weights
 from decoder_bridge.model import MaxAudioEncoder, bridged_model, stock_model
 from encoder.audio import load_audio
+from validation.numbers import noise_mel
 from weights import Checkpoint, WeightsError
 
 

@@ -2,21 +2,24 @@
 
     python -m weights.demo.samples --out samples
 
-One sentence for each voice, and `demo.flac`, three sentences by three voices. Their sentences come
-from a random stream of their own, and one that the training corpus holds too is refused.
+One sentence for each voice, and `demo.flac`, three sentences of the grammar by three voices. They
+come from a random stream of their own, and one that the training corpus holds too is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import av
 import numpy as np
 
+from weights.demo import text
 from weights.demo.speech import SAMPLE_RATE, VOICES, Utterance, speak, utterance
 from weights.demo.train import Corpus
 
@@ -35,12 +38,15 @@ def write_flac(path: Path, samples: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def held_out(count: int, seed: int, known: set[str]) -> list[Utterance]:
-    """Sentences of five words or more that are not in `known`."""
+def held_out(voices: Sequence[str], seed: int, known: set[str], grammar: bool) -> list[Utterance]:
+    """One sentence of five words or more a voice, none of them in `known`."""
     found: list[Utterance] = []
     index = 0
-    while len(found) < count:
-        u = utterance("samples", seed, index, short_share=0.0)
+    while len(found) < len(voices):
+        split = "samples/grammar" if grammar else "samples"
+        u = replace(utterance(split, seed, index, short_share=0.0), voice=voices[len(found)])
+        if grammar:
+            u = replace(u, text=" ".join(text.clause(random.Random(f"{split}/{seed}/{index}"))))
         index += 1
         if u.text not in known and len(u.text.split()) >= 5:
             found.append(u)
@@ -55,9 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     known = set(Corpus(args.data, "train").text)
-    utterances = held_out(len(VOICES) + 3, args.seed, known)
-    single = [replace(u, voice=v) for u, v in zip(utterances, VOICES, strict=False)]
-    three = [replace(u, voice=v) for u, v in zip(utterances[-3:], VOICES[::3], strict=True)]
+    single = held_out(VOICES, args.seed, known, grammar=False)
+    three = held_out(VOICES[::3], args.seed, known, grammar=True)
     files = {u.voice.replace(":", "-").replace("+", "-"): [u] for u in single} | {"demo": three}
 
     args.out.mkdir(parents=True, exist_ok=True)
