@@ -67,6 +67,7 @@ def test_without_max_the_command_fails(tmp_path: Path):
     assert result.returncode != 0
     assert result.stdout == ""
     assert "unplugged" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "0"), ("1", "1")])

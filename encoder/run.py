@@ -1,0 +1,448 @@
+"""`python -m encoder.run`: audio files in, transcripts out; refuses what it cannot do in full.
+
+The flags are openai-whisper's, see `cli()` in whisper/transcribe.py; `--help` lists what differs.
+The transcript goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+from whisper.utils import WriteTXT, get_writer, optional_float, optional_int, str2bool
+
+from encoder.audio import SAMPLE_RATE, AudioError, load_audio, require_file, windows
+
+# max, and whatever imports it, is imported where it is needed: --help and a misspelt file name
+# do not wait for it.
+
+WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
+INTERRUPTED = 130  # what a shell reports of a program ended by SIGINT: 128 + 2
+BROKEN_PIPE = 141  # by SIGPIPE: 128 + 13
+
+DIFFERENCES = """\
+what differs from openai-whisper's command line:
+  the transcript is printed to stdout, one line a segment; nothing else is, except, with several
+  files, a line "==> file <==" before each; with --verbose True, openai-whisper's own output
+  files are written only if --output_dir or --output_format is given (then the other has
+  openai-whisper's default), and are put in place only when they are complete
+  --model is tiny by default; also demo (comes with this package), a path, a Hugging Face repo id
+  --model_dir is the Hugging Face cache folder
+  --device is the encoder's; the decoder runs on the CPU, in PyTorch
+  --fp16 is False by default, and True is refused
+  --verbose is False by default: a progress bar, if stderr is a terminal
+  --threads also limits the encoder, where the system can bind a program to some of its processors
+  --offline and --features are new
+  a file that cannot be transcribed gets one sentence on stderr, the others are transcribed, and
+  the exit status is 1
+
+example: python -m encoder.run --model tiny.en talk.mp3
+"""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind every option, the epilog as it stands."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every option of openai-whisper's `cli()` under its name, with its default unless stated."""
+    languages = sorted(LANGUAGES) + sorted(name.title() for name in TO_LANGUAGE_CODE)
+    parser = argparse.ArgumentParser(
+        prog="python -m encoder.run",
+        usage="%(prog)s [options] audio [audio ...]",
+        description="Transcribe audio files with Whisper, its encoder computed by MAX.",
+        epilog=DIFFERENCES,
+        formatter_class=HelpFormatter,
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("audio", nargs="+",
+        help="audio or video files, in any format that FFmpeg reads")
+    add("--model", default="tiny",
+        help="model name (tiny.en, ... turbo), demo, a path, or a Hugging Face repo id")
+    add("--model_dir", default=None,
+        help="the Hugging Face cache folder; None: as HF_HOME says")
+    add("--offline", action="store_true",
+        help="never touch the network")
+    add("--device", default="auto", choices=["auto", "cpu", "gpu"],
+        help="where the encoder runs; auto: an accelerator if MAX sees one")
+    add("--output_dir", "-o", default=None,
+        help="write files, into this folder")
+    add("--output_format", "-f", default=None,
+        choices=["txt", "vtt", "srt", "tsv", "json", "all"],
+        help="write files, in this format")
+    add("--features", default=None, metavar="FILE.safetensors",
+        help="instead of a transcript, save the encoder's output for every 30 s window of the one "
+        "audio file: tensor `features`, (windows, n_audio_ctx, n_audio_state) float32")
+    add("--verbose", type=str2bool, default=False,
+        help="print the segments with their times as they are decoded")
+
+    add("--task", default="transcribe", choices=["transcribe", "translate"],
+        help="transcribe, or translate into English")
+    add("--language", default=None, choices=languages, metavar="LANGUAGE",
+        help="the language spoken, as a code or an English name; None: detect it")
+
+    add("--temperature", type=float, default=0,
+        help="temperature of the sampling")
+    add("--best_of", type=optional_int, default=5,
+        help="number of candidates at a temperature above 0")
+    add("--beam_size", type=optional_int, default=5,
+        help="number of beams at temperature 0")
+    add("--patience", type=float, default=None,
+        help="patience of the beam search (arXiv 2204.05424); None: 1.0")
+    add("--length_penalty", type=float, default=None,
+        help="exponent of the length penalty (arXiv 1609.08144); None: divide by the length")
+    add("--suppress_tokens", default="-1",
+        help="comma-separated ids of tokens never to sample; -1: most special characters")
+    add("--initial_prompt", default=None,
+        help="text that precedes the first window, such as names to be spelt right")
+    add("--carry_initial_prompt", type=str2bool, default=False,
+        help="put the initial prompt before every window")
+    add("--condition_on_previous_text", type=str2bool, default=True,
+        help="prompt each window with the text of the one before")
+    add("--fp16", type=str2bool, default=False,
+        help="accepted as False only: the encoder computes in float32")
+
+    add("--temperature_increment_on_fallback", type=optional_float, default=0.2,
+        help="step to the next temperature where a threshold below is missed; None: no second try")
+    add("--compression_ratio_threshold", type=optional_float, default=2.4,
+        help="a text that compresses better than this is decoded again")
+    add("--logprob_threshold", type=optional_float, default=-1.0,
+        help="a text of lower mean log probability is decoded again")
+    add("--no_speech_threshold", type=optional_float, default=0.6,
+        help="a window with a higher probability of no speech, and below logprob_threshold, is "
+        "silence")
+    add("--word_timestamps", type=str2bool, default=False,
+        help="find the time of every word")
+    add("--prepend_punctuations", default="\"'“¿([{-",
+        help="punctuation that belongs to the next word")
+    add("--append_punctuations", default="\"'.。,，!！?？:：”)]}、",  # noqa: RUF001
+        help="punctuation that belongs to the word before")
+    add("--highlight_words", type=str2bool, default=False,
+        help="underline each word as it is spoken in srt and vtt; needs --word_timestamps True")
+    add("--max_line_width", type=optional_int, default=None,
+        help="characters in a line of srt and vtt; needs --word_timestamps True")
+    add("--max_line_count", type=optional_int, default=None,
+        help="lines in a subtitle; needs --word_timestamps True and --max_line_width")
+    add("--max_words_per_line", type=optional_int, default=None,
+        help="words in a subtitle; needs --word_timestamps True, goes without --max_line_width")
+    add("--threads", type=optional_int, default=0,
+        help="number of CPU threads; 0: as many as there are")
+    add("--clip_timestamps", default="0",
+        help="start,end,start,end,... of the clips to transcribe, in seconds; the last end: the "
+        "file's")
+    add("--hallucination_silence_threshold", type=optional_float, default=None,
+        help="skip silence longer than this, in seconds, around likely hallucinations; needs "
+        "--word_timestamps True")
+    # fmt: on
+    return parser
+
+
+def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 and one sentence on options that cannot hold together."""
+    if args.fp16:
+        parser.error("--fp16 True cannot be done: the encoder computes in float32")
+    if not args.word_timestamps:
+        for option in WORD_OPTIONS:
+            if getattr(args, option):
+                parser.error(f"--{option} requires --word_timestamps True")
+    if args.temperature_increment_on_fallback is not None:
+        if args.temperature_increment_on_fallback <= 0:
+            parser.error("--temperature_increment_on_fallback must be above 0, or None")
+        if args.temperature > 1:
+            parser.error("--temperature above 1 needs --temperature_increment_on_fallback None")
+    if args.length_penalty is not None and not 0 <= args.length_penalty <= 1:
+        parser.error("--length_penalty must be between 0 and 1")
+    if args.patience is not None and args.beam_size is None:
+        parser.error("--patience requires --beam_size")
+    for option, number in (("clip_timestamps", float), ("suppress_tokens", int)):
+        value = getattr(args, option)
+        try:
+            [number(part) for part in value.split(",") if value]
+        except ValueError:
+            parser.error(f"--{option} takes numbers with commas between them, not {value!r}")
+    writes = args.output_dir is not None or args.output_format is not None
+    if args.features is not None:
+        if len(args.audio) != 1:
+            parser.error("--features takes exactly one audio file")
+        if writes:
+            parser.error("--features makes no transcript for --output_dir and --output_format")
+    if writes:
+        names = Counter(os.path.splitext(os.path.basename(path))[0] for path in args.audio)
+        name, count = names.most_common(1)[0]
+        if count > 1:
+            parser.error(f"{count} of the audio files would be written as {name}.*; name one a run")
+    if args.max_line_count and not args.max_line_width:
+        complain("--max_line_count has no effect without --max_line_width")
+    if args.max_words_per_line and args.max_line_width:
+        complain("--max_words_per_line has no effect with --max_line_width")
+
+
+def complain(sentence: object) -> None:
+    """One line on stderr."""
+    print(f"encoder.run: {sentence}", file=sys.stderr)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A warning as a sentence, without the place in the code; for `warnings.showwarning`."""
+    complain(f"warning: {message}")
+
+
+def limit_threads(count: int) -> None:
+    """PyTorch and MAX on `count` threads.
+
+    MAX has no such setting: it starts one thread for each processor that the program may use when
+    the engine starts. So the program, from here on, may use `count` of its processors. Where the
+    system cannot say so (macOS) only PyTorch, which runs the decoder, is limited.
+    """
+    torch.set_num_threads(count)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+
+
+def decoded(paths: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each path with its samples, one at a time; a sentence for every file that has none.
+
+    Files that are not there are named first, before anything is decoded.
+    """
+    found = []
+    for path in paths:
+        try:
+            require_file(path)
+            found.append(path)
+        except AudioError as error:
+            complain(error)
+    for path in found:
+        try:
+            yield path, load_audio(path)
+        except AudioError as error:
+            complain(error)
+
+
+def scratch_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder inside `folder`, on its file system, where files are written before they are moved
+    to their place. OSError if `folder` cannot be written."""
+    return tempfile.TemporaryDirectory(prefix=".encoder-run-", dir=folder)
+
+
+def transcribe_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `whisper.transcribe`, made from the options as in its `cli()`."""
+    options = dict(vars(args))
+    own = "audio model model_dir offline device output_dir output_format features threads"
+    for name in [*own.split(), *WORD_OPTIONS]:
+        del options[name]
+    increment = options.pop("temperature_increment_on_fallback")
+    if increment is not None:
+        options["temperature"] = tuple(np.arange(args.temperature, 1.0 + 1e-6, increment))
+    else:
+        options["temperature"] = [args.temperature]
+    if not args.verbose:  # None: no progress bar
+        options["verbose"] = False if sys.stderr.isatty() else None
+    return options
+
+
+def transcribe_files(args: argparse.Namespace) -> int:
+    """Transcribe `args.audio`, one after the other: 0, or 1 if one of them failed.
+
+    What can be checked without the model is checked before it is downloaded and compiled.
+    """
+    recordings = decoded(args.audio)
+    first = next(recordings, None)
+    if first is None:
+        return 1
+    with contextlib.ExitStack() as stack:
+        scratch: Path | None = None
+        output_dir = Path("." if args.output_dir is None else args.output_dir)
+        if args.output_dir is not None or args.output_format is not None:
+            try:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                scratch = Path(stack.enter_context(scratch_folder(output_dir)))
+            except OSError as error:
+                complain(f"{output_dir} cannot be written to: {error.strerror}.")
+                return 1
+
+        from decoder_bridge import load_model
+        from encoder.engine import EngineError
+        from weights import WeightsError
+
+        try:
+            model = load_model(
+                args.model, device=args.device, download_root=args.model_dir, offline=args.offline
+            )
+        except (WeightsError, EngineError) as error:
+            complain(error)
+            return 1
+        options = transcribe_options(args)
+        if not model.is_multilingual and args.language not in {"en", "English"}:
+            if args.language is not None:
+                complain(f"{args.model} knows English only, not {args.language}: using English.")
+            options["language"] = "en"
+
+        done = 0
+        for path, audio in itertools.chain([first], recordings):
+            if args.verbose:
+                print_heading(args.audio, path)
+            # Where whisper shows a progress bar it also prints the language: not to stdout.
+            printed = sys.stdout if args.verbose else sys.stderr
+            try:
+                with contextlib.redirect_stdout(printed):
+                    result = model.transcribe(audio, **options)
+            except EngineError as error:
+                complain(error)
+                continue
+            except ValueError as error:  # whisper's own checks of what it is asked to decode
+                complain(f"{path} cannot be transcribed: {error}.")
+                continue
+            if not args.verbose:
+                print_heading(args.audio, path)
+                WriteTXT("").write_result(result, file=sys.stdout)
+            if scratch is not None:
+                try:
+                    write_files(args, result, path, scratch, output_dir)
+                except OSError as error:
+                    complain(f"the transcript of {path} cannot be written to files: {error}.")
+                    continue
+            done += 1
+    return int(done < len(args.audio))
+
+
+def print_heading(paths: list[str], path: str) -> None:
+    """`==> path <==`, as head(1) does, where there is more than one file."""
+    if len(paths) > 1:
+        print(f"==> {path} <==", flush=True)
+
+
+def write_files(
+    args: argparse.Namespace, result: dict[str, Any], path: str, scratch: Path, output_dir: Path
+) -> None:
+    """openai-whisper's own writers, in a scratch folder; the complete files are then moved."""
+    writer = get_writer(args.output_format or "all", str(scratch))
+    writer(result, path, **{name: getattr(args, name) for name in WORD_OPTIONS})
+    for file in sorted(scratch.iterdir()):
+        os.replace(file, output_dir / file.name)
+
+
+def save_features(args: argparse.Namespace) -> int:
+    """Save the encoder's output for `args.audio[0]` as `args.features`: 0, or 1 after a sentence.
+
+    Tensor `features`: (windows, n_audio_ctx, n_audio_state) float32, a row for each 30 s window
+    from the start of the file (`encoder.audio.windows`). Metadata, all text: model, revision,
+    weights_sha256, dims (JSON), audio (file name), samples, sample_rate.
+    """
+    path, output = args.audio[0], Path(args.features)
+    try:
+        audio = load_audio(path)
+    except AudioError as error:
+        complain(error)
+        return 1
+    if output.is_dir():
+        complain(f"{output} is a directory; --features takes the name of a file.")
+        return 1
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = Path(stack.enter_context(scratch_folder(output.parent)))
+        except OSError as error:
+            complain(f"{output.parent} cannot be written to: {error.strerror}.")
+            return 1
+
+        from encoder.engine import Engine, EngineError
+        from weights import WeightsError, load
+
+        try:
+            checkpoint = load(
+                args.model,
+                offline=args.offline,
+                cache_dir=None if args.model_dir is None else Path(args.model_dir),
+                encoder_only=True,
+            )
+            dims = checkpoint.dims
+            mel = windows(audio, dims.n_mels)
+            if len(mel) == 0:
+                complain(f"{path} is shorter than 10 ms, one frame of the spectrogram.")
+                return 1
+            engine = Engine(checkpoint, device=args.device)
+            features = torch.empty((len(mel), dims.n_audio_ctx, dims.n_audio_state))
+            for row in tqdm(range(len(mel)), unit="window", disable=not sys.stderr.isatty()):
+                features[row] = engine(mel[row : row + 1])[0]
+        except (WeightsError, EngineError) as error:
+            complain(error)
+            return 1
+        metadata = {
+            "model": checkpoint.source.name,
+            "revision": checkpoint.source.revision or "",
+            "weights_sha256": checkpoint.source.sha256,
+            "dims": json.dumps(asdict(dims)),
+            "audio": os.path.basename(path),
+            "samples": str(len(audio)),
+            "sample_rate": str(SAMPLE_RATE),
+        }
+        try:
+            save_file({"features": features}, scratch / "features", metadata)
+            # safetensors makes a file that only its owner may read; make it as any other is made.
+            (scratch / "mode").touch()
+            shutil.copymode(scratch / "mode", scratch / "features")
+            os.replace(scratch / "features", output)
+        except (OSError, SafetensorError) as error:
+            complain(f"{output} cannot be written: {error}.")
+            return 1
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: done. 1: something could not be done, one sentence each on stderr. 2: usage error."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_usage(parser, args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal's encoding lacks is printed as its escape.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            if args.threads is not None and args.threads > 0:
+                limit_threads(args.threads)
+            status = transcribe_files(args) if args.features is None else save_features(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except ImportError as error:  # of max, which is imported late: there is nothing in its place
+        complain(f"{error.name or 'a package'} cannot be imported ({error}); run make install.")
+        return 1
+    except OSError as error:
+        # Nothing more can be printed, and nothing shall be tried when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return BROKEN_PIPE
+        complain(f"{error}.")
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
