@@ -31,5 +31,5 @@ check: $(INSTALLED) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-clean: ## remove .venv and build/
-	rm -rf $(VENV) build
+clean: ## remove .venv and the tools' caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

@@ -20,7 +20,7 @@ from weights import Checkpoint
 class MaxAudioEncoder(nn.Module):
     """`whisper.model.AudioEncoder` with the same contract, computed by the MAX engine.
 
-    It has no parameters: the weights are bound to the compiled graph.
+    It has no parameters: the weights are bound to the compiled graph, and no gradient flows.
     """
 
     def __init__(self, engine: Engine):
@@ -46,6 +46,8 @@ class MaxAudioEncoder(nn.Module):
         assert x.shape[2] == 2 * dims.n_audio_ctx, "incorrect audio shape"
         if x.dtype != torch.float32:
             raise RuntimeError(f"mel is {x.dtype}, the MAX encoder takes torch.float32: fp16=False")
+        if x.shape[0] == 0:
+            return x.new_empty(0, dims.n_audio_ctx, dims.n_audio_state)
         return self.engine(x)
 
 
@@ -89,7 +91,8 @@ def load_model(
     """`whisper.load_model` with the MAX encoder in the model: transcribe, decode, detect_language.
 
     name : a model name (tiny, tiny.en, ... turbo), `demo`, a Hugging Face repository id, or a path
-    device : where the encoder runs: "cpu", "gpu" (or "cuda"), None or "auto"; the decoder: the CPU
+    device : where the encoder runs: "cpu", "gpu" (or "cuda"), None or "auto" (the CPU); the decoder
+        runs on the CPU
     download_root : the Hugging Face cache folder; None: huggingface-hub's own
     in_memory : accepted as in `whisper.load_model`; the weights are in memory in any case
     offline : never touch the network
@@ -100,5 +103,5 @@ def load_model(
     checkpoint = weights.load(
         str(name), offline=offline, cache_dir=Path(download_root) if download_root else None
     )
-    kind = {"None": "auto", "cuda": "gpu"}.get(str(device), str(device))
-    return bridged_model(checkpoint, kind)
+    kind = "auto" if device is None else str(device)
+    return bridged_model(checkpoint, "gpu" if kind.startswith("cuda") else kind)

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count
 from max.engine import CompiledModel, InferenceSession, Model, read
 from max.graph import DeviceRef
@@ -73,16 +73,17 @@ def artifact_name(dims: ModelDimensions, device: Device) -> str:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Say on stderr what takes so long: a live line on a terminal, else one every 30 s."""
+def progress(reason: str, doing: str) -> Iterator[None]:
+    """Say on stderr why this takes long, then how long so far: one live line on a terminal, a line
+    every 30 s elsewhere. `doing` is short: a line that wraps cannot be written over."""
     live, began, done = sys.stderr.isatty(), time.monotonic(), threading.Event()
+    print(reason, file=sys.stderr)
 
     def line(end: str) -> None:
-        sys.stderr.write(f"{what}: {time.monotonic() - began:.0f} s{end}")
+        sys.stderr.write(f"{doing}: {time.monotonic() - began:.0f} s{end}")
         sys.stderr.flush()
 
     def run() -> None:
-        line("\r" if live else "\n")
         while not done.wait(1 if live else 30):
             line("\r" if live else "\n")
 
@@ -96,11 +97,22 @@ def progress(what: str) -> Iterator[None]:
         line("\n")
 
 
+@contextmanager
+def engine_errors(what: str) -> Iterator[None]:
+    """What MAX raises (RuntimeError, ValueError, TypeError) as one `EngineError`."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError) as error:
+        first = (str(error) or type(error).__name__).strip().splitlines()[0]
+        raise EngineError(f"MAX cannot {what}: {first}") from error
+
+
 def select_device(name: str) -> Device:
-    """`cpu`, `gpu` (an error without one), or `auto`: the accelerator if MAX sees one."""
+    """`cpu`, `gpu` (an error without one), or `auto`, which is the CPU: the graph has not run on an
+    accelerator yet, so nobody gets one without asking for it."""
     if name not in DEVICES:
         raise EngineError(f"device is {name!r}, expected one of {', '.join(DEVICES)}")
-    if name == "cpu" or (name == "auto" and accelerator_count() == 0):
+    if name != "gpu":
         return CPU()
     if accelerator_count() == 0:
         raise EngineError("device gpu was asked for and MAX sees none; use --device cpu")
@@ -114,7 +126,8 @@ def write_artifact(compiled: CompiledModel, path: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         artifact, checksum = Path(folder, "mef"), Path(folder, "sha256")
-        compiled.export_mef(artifact)
+        with engine_errors(f"write the compiled encoder to {path.parent}"):
+            compiled.export_mef(artifact)
         checksum.write_text(hashlib.sha256(artifact.read_bytes()).hexdigest())
         os.replace(checksum, path.with_suffix(".sha256"))
         os.replace(artifact, path)
@@ -129,28 +142,51 @@ def read_artifact(path: Path) -> CompiledModel | None:
     if not checksum.exists() or checksum.read_text() != hashlib.sha256(content).hexdigest():
         print(f"engine: {path} is damaged and will be compiled again", file=sys.stderr)
         return None
-    return read(path)
+    with engine_errors(f"read its own artifact {path} (remove it to compile again)"):
+        return read(path)
+
+
+def compile_encoder(dims: ModelDimensions, device: Device) -> CompiledModel:
+    """Build the graph and compile it: minutes, with a progress line."""
+    reason = (
+        f"Compiling the encoder ({dims.n_audio_layer} layers of {dims.n_audio_state}) for this "
+        "machine. It takes minutes, once; later starts take seconds."
+    )
+    with progress(reason, "compiling"), engine_errors("compile the encoder"):
+        graph = encoder.graph.build(dims, DeviceRef.CPU() if device.is_host else DeviceRef.GPU())
+        return InferenceSession(devices=[device]).compile(graph)
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Only one process at a time is in here for `path`; whoever has to wait says so."""
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        with progress("Another process is compiling the encoder.", "waiting"):
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def compiled_encoder(dims: ModelDimensions, device: Device) -> CompiledModel:
     """The compiled encoder of these dims: from the artifact folder or, once, from the compiler.
 
-    A second process that wants the same artifact waits for the first one's.
+    A second process that wants the same artifact waits for the first one's. A folder that cannot
+    be written serves as long as it holds the artifact.
     """
     path = artifact_folder() / artifact_name(dims, device)
     try:
+        if compiled := read_artifact(path):
+            return compiled
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"))
-        with lock:
-            if compiled := read_artifact(path):
-                return compiled
-            with progress(
-                f"compiling the encoder ({dims.n_audio_layer} layers of {dims.n_audio_state}) for "
-                "this machine; it takes minutes, once, and seconds from then on"
-            ):
-                ref = DeviceRef.CPU() if device.is_host else DeviceRef.GPU()
-                graph = encoder.graph.build(dims, ref)
-                compiled = InferenceSession(devices=[device]).compile(graph)
+        with alone(path):
+            if path.exists() and (compiled := read_artifact(path)):
+                return compiled  # another process wrote it meanwhile
+            compiled = compile_encoder(dims, device)
             write_artifact(compiled, path)
             return compiled
     except OSError as error:
@@ -188,8 +224,9 @@ class Engine:
         # MAX reads CPU weights in place on every execution: they live as long as the model.
         self._weights = float32_weights(checkpoint)
         compiled = compiled_encoder(self.dims, self._device)
-        session = InferenceSession(devices=[self._device])
-        self._model: Model = session.init(compiled, weights_registry=self._weights)
+        with engine_errors("bind the weights to the compiled encoder"):
+            session = InferenceSession(devices=[self._device])
+            self._model: Model = session.init(compiled, weights_registry=self._weights)
 
     @property
     def kernels(self) -> list[str]:
@@ -207,10 +244,11 @@ class Engine:
             raise ValueError(f"mel has shape {tuple(mel.shape)}, expected (batch, *{expected})")
         if mel.dtype != torch.float32 or mel.device.type != "cpu":
             raise ValueError(f"mel is {mel.dtype} on {mel.device}, expected torch.float32 on cpu")
-        buffer = Buffer.from_dlpack(mel.detach().contiguous())
-        if not self._device.is_host:
-            buffer = buffer.to(self._device)
-        features = self._model.execute(buffer)[0]
-        if not self._device.is_host:
-            features = features.to(CPU())
-        return torch.from_dlpack(features)
+        with engine_errors("run the encoder"):
+            buffer = Buffer.from_dlpack(mel.detach().contiguous())
+            if not self._device.is_host:
+                buffer = buffer.to(self._device)
+            features = self._model.execute(buffer)[0]
+            if not self._device.is_host:
+                features = features.to(CPU())
+            return torch.from_dlpack(features)

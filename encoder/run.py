@@ -11,6 +11,7 @@ import contextlib
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import sys
@@ -27,10 +28,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
+from whisper.model import ModelDimensions
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 from whisper.utils import WriteTXT, get_writer, optional_float, optional_int, str2bool
 
-from encoder.audio import SAMPLE_RATE, AudioError, load_audio, require_file, windows
+from encoder.audio import N_FRAMES, SAMPLE_RATE, AudioError, load_audio, require_file, windows
 
 # max, and whatever imports it, is imported where it is needed: --help and a misspelt file name
 # do not wait for it.
@@ -84,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--offline", action="store_true",
         help="never touch the network")
     add("--device", default="auto", choices=["auto", "cpu", "gpu"],
-        help="where the encoder runs; auto: an accelerator if MAX sees one")
+        help="where the encoder runs; auto: the CPU, gpu has to be asked for")
     add("--output_dir", "-o", default=None,
         help="write files, into this folder")
     add("--output_format", "-f", default=None,
@@ -172,13 +174,26 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error("--temperature above 1 needs --temperature_increment_on_fallback None")
     if args.length_penalty is not None and not 0 <= args.length_penalty <= 1:
         parser.error("--length_penalty must be between 0 and 1")
-    if args.patience is not None and args.beam_size is None:
-        parser.error("--patience requires --beam_size")
+    for option, number in sorted(vars(args).items()):
+        if isinstance(number, float) and not math.isfinite(number):
+            parser.error(f"--{option} is {number}, expected a finite number")
+    for option in ("beam_size", "best_of"):
+        if getattr(args, option) is not None and getattr(args, option) < 1:
+            parser.error(f"--{option} must be 1 or more, or None")
+    if args.temperature < 0:
+        parser.error("--temperature must be 0 or more")
+    if args.patience is not None:
+        if args.beam_size is None:
+            parser.error("--patience requires --beam_size")
+        if round(args.beam_size * args.patience) < 1:
+            parser.error("--patience times --beam_size must round to 1 or more")
     for option, number in (("clip_timestamps", float), ("suppress_tokens", int)):
         value = getattr(args, option)
         try:
-            [number(part) for part in value.split(",") if value]
+            parts = [number(part) for part in value.split(",") if value]
         except ValueError:
+            parts = [math.nan]
+        if not all(math.isfinite(part) for part in parts):
             parser.error(f"--{option} takes numbers with commas between them, not {value!r}")
     writes = args.output_dir is not None or args.output_format is not None
     if args.features is not None:
@@ -251,6 +266,25 @@ def scratch_folder(folder: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix=".encoder-run-", dir=folder)
 
 
+def cannot_be_heard(dims: ModelDimensions) -> str | None:
+    """Why openai-whisper's log-mel windows do not fit a checkpoint of these dims, or None."""
+    if dims.n_mels not in (80, 128):
+        return f"the checkpoint takes {dims.n_mels} mel bins, openai-whisper makes 80 or 128."
+    if 2 * dims.n_audio_ctx != N_FRAMES:
+        return (
+            f"the checkpoint takes windows of {2 * dims.n_audio_ctx} frames, openai-whisper makes "
+            f"{N_FRAMES}."
+        )
+    return None
+
+
+def unknown_token(args: argparse.Namespace, n_vocab: int) -> str | None:
+    """What is wrong with --suppress_tokens for a vocabulary of this size, or None."""
+    tokens = [int(token) for token in args.suppress_tokens.split(",") if token]
+    wrong = [token for token in tokens if not -1 <= token < n_vocab]
+    return f"--suppress_tokens: {wrong[0]} is none of the {n_vocab} tokens." if wrong else None
+
+
 def transcribe_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `whisper.transcribe`, made from the options as in its `cli()`."""
     options = dict(vars(args))
@@ -297,6 +331,10 @@ def transcribe_files(args: argparse.Namespace) -> int:
             )
         except (WeightsError, EngineError) as error:
             complain(error)
+            return 1
+        problem = cannot_be_heard(model.dims) or unknown_token(args, model.dims.n_vocab)
+        if problem:
+            complain(problem)
             return 1
         options = transcribe_options(args)
         if not model.is_multilingual and args.language not in {"en", "English"}:
@@ -382,6 +420,9 @@ def save_features(args: argparse.Namespace) -> int:
                 encoder_only=True,
             )
             dims = checkpoint.dims
+            if problem := cannot_be_heard(dims):
+                complain(problem)
+                return 1
             mel = windows(audio, dims.n_mels)
             if len(mel) == 0:
                 complain(f"{path} is shorter than 10 ms, one frame of the spectrogram.")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,21 +20,25 @@ from validation.numbers import compare, noise_mel, silence_mel
 from validation.reference import run_eager, stock_encoder
 from weights import Checkpoint
 
-# A prototype measured 2.7e-6 and 3.7e-5 on the real tiny.en encoder with speech.
+# On the real tiny.en encoder with speech: see docs/numbers-tiny.en.json.
 RELATIVE_L2 = 1e-5
 MAX_ABS = 2e-4
 
 
-def assert_same(ours: torch.Tensor, checkpoint: Checkpoint, mel: torch.Tensor) -> None:
+def assert_same(
+    ours: torch.Tensor, checkpoint: Checkpoint, mel: torch.Tensor, noise: tuple[int, ...] = ()
+) -> None:
     """Every window, whole and at its edge frames alone, is within the limits of the stock output.
 
-    White noise is the exception for the largest single difference: there stock float32 is itself
-    1e-3 off float64 at a few elements (its fused attention 6e-4 off its eager one), so the limit
-    is four times stock's own distance from float64 where that is more.
+    `noise` names the windows of white noise, where MAX_ABS cannot be held by anyone: stock float32
+    is itself further than that from float64 at single elements (docs/numbers-tiny.en.json). There
+    the largest difference may be four times that distance.
     """
     assert ours.dtype == torch.float32
-    for numbers in compare(ours, checkpoint, mel):
-        assert numbers.max_abs <= max(MAX_ABS, 4 * numbers.floor_max_abs)
+    for i, numbers in enumerate(compare(ours, checkpoint, mel)):
+        limit = max(MAX_ABS, 4 * numbers.floor_max_abs) if i in noise else MAX_ABS
+        assert numbers.max_abs <= limit
+        assert numbers.edge_max_abs <= limit
         assert numbers.relative_l2 <= RELATIVE_L2
         assert numbers.first_frames_relative_l2 <= RELATIVE_L2
         assert numbers.last_frames_relative_l2 <= RELATIVE_L2
@@ -44,12 +52,13 @@ def mel_of(what: str, speech: Path) -> torch.Tensor:
 
 
 INPUTS = pytest.mark.parametrize("what", ["speech", "silence", "noise", "batch of three"])
+NOISE = {"noise": (0,), "batch of three": (2,)}
 
 
 @INPUTS
 def test_real_encoder_is_the_same_function(real_checkpoint, real_engine, jfk, what):
     mel = mel_of(what, jfk)
-    assert_same(real_engine(mel), real_checkpoint, mel)
+    assert_same(real_engine(mel), real_checkpoint, mel, NOISE.get(what, ()))
 
 
 def test_real_encoder_on_speech_needs_no_exception(real_checkpoint, real_engine, jfk):
@@ -65,7 +74,7 @@ def test_real_encoder_on_speech_needs_no_exception(real_checkpoint, real_engine,
 @INPUTS
 def test_demo_encoder_is_the_same_function(demo_checkpoint, demo_engine, what):
     mel = mel_of(what, SAMPLES / "demo.flac")
-    assert_same(demo_engine(mel), demo_checkpoint, mel)
+    assert_same(demo_engine(mel), demo_checkpoint, mel, NOISE.get(what, ()))
 
 
 def test_demo_encoder_on_every_sample(demo_checkpoint, demo_engine):
@@ -208,8 +217,133 @@ def test_a_damaged_artifact_is_noticed(demo_engine, demo_checkpoint, tmp_path, c
     assert "is damaged and will be compiled again" in capsys.readouterr().err
 
 
-def test_progress_says_what_and_how_long(capsys):
-    with encoder.engine.progress("compiling the encoder"):
+def test_progress_says_why_and_how_long(capsys):
+    with encoder.engine.progress("It takes minutes.", "compiling"):
         pass
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == lines[-1] == "compiling the encoder: 0 s"
+    assert capsys.readouterr().err == "It takes minutes.\ncompiling: 0 s\n"
+
+
+def test_progress_on_a_terminal_is_one_short_live_line(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr(encoder.engine.threading, "Event", lambda: Ticks(3))
+    with encoder.engine.progress("It takes minutes.", "compiling"):
+        pass
+    reason, *lines = re.split(r"[\r\n]", capsys.readouterr().err)
+    assert reason == "It takes minutes."
+    assert lines == ["compiling: 0 s"] * 4 + [""]
+
+
+class Ticks:
+    """An event that is not set for the first `count` waits, whatever the time."""
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def wait(self, seconds: float) -> bool:
+        assert seconds == 1
+        self.left -= 1
+        return self.left < 0
+
+    def set(self) -> None:
+        pass
+
+
+class FakeCompiled:
+    """What the compiler returns, as far as the artifact folder sees it."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    def export_mef(self, path: Path) -> None:
+        Path(path).write_bytes(self.content)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An artifact folder of its own; nothing is compiled, what is compiled is counted."""
+    compiled = []
+
+    def compile_encoder(dims, device):
+        compiled.append(dims)
+        return FakeCompiled(b"artifact %d" % len(compiled))
+
+    monkeypatch.setenv("MAX_WHISPER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(encoder.engine, "compile_encoder", compile_encoder)
+    monkeypatch.setattr(encoder.engine, "read", lambda path: FakeCompiled(path.read_bytes()))
+    return compiled
+
+
+def kept(demo_checkpoint: Checkpoint) -> FakeCompiled:
+    device = encoder.engine.select_device("cpu")
+    return encoder.engine.compiled_encoder(demo_checkpoint.dims, device)
+
+
+def test_it_compiles_once(demo_checkpoint, cache, tmp_path):
+    assert kept(demo_checkpoint).content == b"artifact 1"
+    assert kept(demo_checkpoint).content == b"artifact 1"
+    assert len(cache) == 1
+    suffixes = {p.suffix for p in (tmp_path / "cache").iterdir()}
+    assert suffixes == {".mef", ".sha256", ".lock"}  # nothing temporary is left
+
+
+def test_a_damaged_artifact_is_compiled_again(demo_checkpoint, cache, tmp_path, capsys):
+    kept(demo_checkpoint)
+    (artifact,) = (tmp_path / "cache").glob("*.mef")
+    artifact.write_bytes(b"artif")
+    assert kept(demo_checkpoint).content == b"artifact 2"
+    assert "is damaged and will be compiled again" in capsys.readouterr().err
+    assert kept(demo_checkpoint).content == b"artifact 2"
+    assert len(cache) == 2
+
+
+def test_a_failed_write_leaves_no_artifact(demo_checkpoint, cache, tmp_path, monkeypatch):
+    def export_mef(self, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("no space left\nand more")
+
+    monkeypatch.setattr(FakeCompiled, "export_mef", export_mef)
+    with pytest.raises(EngineError, match=r"MAX cannot write .*: no space left$"):
+        kept(demo_checkpoint)
+    assert {p.suffix for p in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_a_second_process_waits_and_does_not_compile(demo_checkpoint, cache, monkeypatch, capsys):
+    """Two threads with their own file locks stand for two processes."""
+    compiling, go = threading.Event(), threading.Event()
+    once = encoder.engine.compile_encoder
+
+    def slowly(dims, device):
+        compiling.set()
+        assert go.wait(30)
+        return once(dims, device)
+
+    monkeypatch.setattr(encoder.engine, "compile_encoder", slowly)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(kept, demo_checkpoint)
+        assert compiling.wait(30)
+        second = pool.submit(kept, demo_checkpoint)
+        for _ in range(300):
+            if "Another process is compiling" in (said := capsys.readouterr().err):
+                break
+            time.sleep(0.1)
+        go.set()
+        assert first.result(30).content == second.result(30).content == b"artifact 1"
+    assert "Another process is compiling" in said
+    assert len(cache) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(demo_checkpoint, cache, tmp_path):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(
+        EngineError, match=r"cannot keep the compiled encoder in .*MAX_WHISPER_CACHE"
+    ):
+        kept(demo_checkpoint)
+
+
+def test_what_max_raises_is_an_engine_error(demo_checkpoint, demo_engine, monkeypatch):
+    def execute(*_):
+        raise RuntimeError("out of memory\nstack")
+
+    monkeypatch.setattr(demo_engine, "_model", type("Model", (), {"execute": execute})())
+    with pytest.raises(EngineError, match=r"MAX cannot run the encoder: out of memory$"):
+        demo_engine(noise_mel())

@@ -43,6 +43,7 @@ class Model:
     """Says how long the recording is, one segment a second, in place of `whisper.Whisper`."""
 
     is_multilingual = True
+    dims = DIMS
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -235,6 +236,13 @@ def test_without_an_increment_there_is_one_temperature():
         ("--patience 2 --beam_size None", "--patience requires --beam_size"),
         ("--clip_timestamps 1,x", "--clip_timestamps takes numbers"),
         ("--suppress_tokens x", "--suppress_tokens takes numbers"),
+        ("--clip_timestamps 0,inf", "--clip_timestamps takes numbers"),
+        ("--beam_size 0", "--beam_size must be 1 or more"),
+        ("--best_of -1", "--best_of must be 1 or more"),
+        ("--patience 0.05", "must round to 1 or more"),
+        ("--temperature -1", "--temperature must be 0 or more"),
+        ("--temperature_increment_on_fallback nan", "expected a finite number"),
+        ("--logprob_threshold inf", "expected a finite number"),
         ("--device cuda", "invalid choice: 'cuda'"),
         ("--language Klingon", "invalid choice: 'Klingon'"),
         ("b.wav --features f.safetensors", "--features takes exactly one audio file"),
@@ -248,6 +256,36 @@ def test_usage_errors(world, capsys, argv, says):
 
 
 # ---------------------------------------------------------------- transcripts
+
+
+def test_a_token_that_the_vocabulary_lacks(world, tmp_path, capsys):
+    path = record(tmp_path / "a.wav")
+    assert main([path, "--suppress_tokens=-1,99999"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"encoder.run: --suppress_tokens: 99999 is none of the {DIMS.n_vocab} tokens.\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"n_mels": 96}, "takes 96 mel bins, openai-whisper makes 80 or 128"),
+        ({"n_audio_ctx": 750}, "takes windows of 1500 frames, openai-whisper makes 3000"),
+    ],
+)
+@pytest.mark.parametrize("extra", [[], ["--features", "f.safetensors"]])
+def test_a_checkpoint_that_whispers_mel_does_not_fit(
+    world, tmp_path, capsys, monkeypatch, changes, says, extra
+):
+    monkeypatch.chdir(tmp_path)
+    path = record(tmp_path / "a.wav")
+    monkeypatch.setattr(sys.modules[__name__], "DIMS", dataclasses.replace(DIMS, **changes))
+    monkeypatch.setattr(Model, "dims", DIMS)
+    assert main([path, *extra]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in err
+    assert not (tmp_path / "f.safetensors").exists()
 
 
 def test_one_line_a_segment_on_stdout_and_nothing_else(world, tmp_path, capsys):
@@ -490,6 +528,7 @@ def program(*lines: str):
         import sys, types, warnings
         class Model:
             is_multilingual = True
+            dims = types.SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_vocab=51864)
             def transcribe(self, audio, **options):
                 return {"segments": [{"text": "word " * 30000}], "text": ""}
         class Absent(Exception): pass

@@ -40,6 +40,7 @@ class Numbers:
 
     relative_l2: float
     max_abs: float
+    edge_max_abs: float
     first_frames_relative_l2: float
     last_frames_relative_l2: float
     floor_relative_l2: float
@@ -54,6 +55,7 @@ def compare(ours: Tensor, checkpoint: Checkpoint, mel: Tensor) -> list[Numbers]:
         Numbers(
             relative_l2=relative_l2(a, b),
             max_abs=max_abs(a, b),
+            edge_max_abs=max(max_abs(a[:EDGE], b[:EDGE]), max_abs(a[-EDGE:], b[-EDGE:])),
             first_frames_relative_l2=relative_l2(a[:EDGE], b[:EDGE]),
             last_frames_relative_l2=relative_l2(a[-EDGE:], b[-EDGE:]),
             floor_relative_l2=relative_l2(b, e),

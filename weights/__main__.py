@@ -148,9 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except WeightsError as error:
         print(error, file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader (`| head`) has what it wanted. Nothing more may be written, not even at exit.
+    except KeyboardInterrupt:
+        return 130  # what a shell reports of a program ended by SIGINT
+    except OSError as error:
+        # Nothing more may be written, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # a reader (`| head`) that has what it wanted
+            print(f"weights: cannot write to stdout: {error.strerror}", file=sys.stderr)
+            return 1
     return 0
 
 

@@ -43,10 +43,9 @@ class Published:
     sha256: str | None  # of that commit's model.safetensors; None: what the hub states
 
 
-# The commits are those that public projects pin for these repos: a macOS dictation app that lists
-# all twelve, "verified against publisher repository metadata, September 19, 2026", and a Rust
-# downloader (its table MODEL_SPECS). The checksums are the latter's; all but those of medium.en and
-# large-v1 were seen in at least one more public project. openai/whisper-large holds large-v1.
+# Commits and checksums as public projects state them (each by two, the checksums of medium.en and
+# large-v1 by one); not checked against the hub itself. A wrong one can only refuse a download,
+# never let another file pass. openai/whisper-large holds large-v1.
 MODELS: dict[str, Published] = {
     "tiny": Published(
         "openai/whisper-tiny",

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     clean = [corpus.audio(i) for i in rows]
 
     report: dict[str, object] = {
-        "command": "python -m weights.demo.evaluate",
+        "command": f"python -m weights.demo.evaluate --model {args.model} --count {args.count}",
         "sha256": checkpoint.source.sha256,
         "sentences": len(truth),
         "seconds": float(sum(len(c) for c in clean)) / SAMPLE_RATE,

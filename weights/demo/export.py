@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         temporary.unlink()
         print(f"export: the file has {size:,} bytes, the limit is {LIMIT:,}", file=sys.stderr)
         return 1
+    temporary.chmod(0o644)  # safetensors writes for the owner alone
     temporary.replace(args.out)
     print(f"export: {args.out}, {len(tensors)} tensors, {size:,} bytes", file=sys.stderr)
     return 0

@@ -127,6 +127,14 @@ def main(argv: list[str] | None = None) -> int:
                   file=sys.stderr)  # fmt: skip
             return 1
     args.out.mkdir(parents=True, exist_ok=True)
+    # Another seed or vocabulary would mix two corpora in one folder.
+    recipe = {"seed": args.seed, "voices": list(VOICES), "vocabulary": list(text.VOCABULARY)}
+    note = args.out / "recipe.json"
+    if note.exists() and json.loads(note.read_text()) != recipe:
+        print(f"speech: {args.out} holds a corpus of another recipe; give another --out",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    note.write_text(json.dumps(recipe))
     for split, count, short_share in (("held-out", args.held_out, 0.0), ("train", args.train, 0.3)):
         for first in range(0, count, SHARD):
             path = args.out / f"{split}-{first // SHARD:03d}"

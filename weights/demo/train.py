@@ -11,8 +11,8 @@ Two economies, both exact:
 - The encoder runs on the batch's own length: its positional embedding is a fixed sinusoid, cut to
   that length. Every tenth batch or so is padded to 30 s, as Whisper pads.
 
-float32, or bfloat16 autocast with --bf16: on a processor with AMX that is the faster one, on one
-without it the slower (here 230 against 145 GFLOP/s in the products of this network).
+float32, or bfloat16 autocast with --bf16: the faster one on a processor with AMX, the slower one
+without.
 """
 
 from __future__ import annotations
@@ -246,6 +246,9 @@ def main(argv: list[str] | None = None) -> int:
     newest, first = args.out / "checkpoint.pt", 0
     if newest.exists():
         state = torch.load(newest, weights_only=True)
+        if state["seed"] != args.seed:
+            print(f"train: {newest} was trained with seed {state['seed']}", file=sys.stderr)
+            return 1
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
@@ -283,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": step + 1,
+                    "seed": args.seed,
                     "dims": asdict(DIMS),
                 }
                 torch.save(state, newest.with_suffix(".tmp"))
