@@ -76,7 +76,7 @@ def test_demo_with_options(demo: Pair, options):
 
 
 def test_sliding_windows_over_long_audio(demo: Pair):
-    """75 s: three windows and more, each with its own features, none lost and none repeated."""
+    """75 s, the sentence three times: three windows and more, each with features of its own."""
     clip = load_audio(SAMPLES / "demo.flac")
     audio = np.zeros(75 * 16_000, np.float32)
     for start in (0, 31, 62):

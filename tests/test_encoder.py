@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,7 +226,8 @@ def test_progress_says_why_and_how_long(capsys):
 
 def test_progress_on_a_terminal_is_one_short_live_line(capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    monkeypatch.setattr(encoder.engine.threading, "Event", lambda: Ticks(3))
+    threads = SimpleNamespace(Thread=threading.Thread, Event=lambda: Ticks(3))
+    monkeypatch.setattr(encoder.engine, "threading", threads)
     with encoder.engine.progress("It takes minutes.", "compiling"):
         pass
     reason, *lines = re.split(r"[\r\n]", capsys.readouterr().err)

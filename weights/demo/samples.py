@@ -2,8 +2,8 @@
 
     python -m weights.demo.samples --out samples
 
-One sentence for each voice, and `demo.flac`, three sentences of the grammar by three voices. They
-come from a random stream of their own, and one that the training corpus holds too is left out.
+One sentence for each voice, and `demo.flac`, a sentence of the grammar. They come from a random
+stream of their own, and one that the training corpus holds too is left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from weights.demo import text
 from weights.demo.speech import SAMPLE_RATE, VOICES, Utterance, speak, utterance
 from weights.demo.train import Corpus
 
-PAUSE = 0.5  # seconds around and between sentences
+PAUSE = 0.5  # seconds before and after the sentence
+DEMO_VOICE = "flite:slt"
 
 
 def write_flac(path: Path, samples: np.ndarray) -> None:
@@ -39,7 +40,8 @@ def write_flac(path: Path, samples: np.ndarray) -> None:
 
 
 def held_out(voices: Sequence[str], seed: int, known: set[str], grammar: bool) -> list[Utterance]:
-    """One sentence of five words or more a voice, none of them in `known`."""
+    """One sentence for each voice, none of them in `known`: five words or more, of the grammar
+    eight or more."""
     found: list[Utterance] = []
     index = 0
     while len(found) < len(voices):
@@ -48,7 +50,7 @@ def held_out(voices: Sequence[str], seed: int, known: set[str], grammar: bool) -
         if grammar:
             u = replace(u, text=" ".join(text.clause(random.Random(f"{split}/{seed}/{index}"))))
         index += 1
-        if u.text not in known and len(u.text.split()) >= 5:
+        if u.text not in known and len(u.text.split()) >= (8 if grammar else 5):
             found.append(u)
     return found
 
@@ -62,22 +64,20 @@ def main(argv: list[str] | None = None) -> int:
 
     known = set(Corpus(args.data, "train").text)
     single = held_out(VOICES, args.seed, known, grammar=False)
-    three = held_out(VOICES[::3], args.seed, known, grammar=True)
-    files = {u.voice.replace(":", "-").replace("+", "-"): [u] for u in single} | {"demo": three}
+    (demo,) = held_out([DEMO_VOICE], args.seed, known, grammar=True)
+    files = {u.voice.replace(":", "-").replace("+", "-"): u for u in single} | {"demo": demo}
 
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
     pause = np.zeros(round(PAUSE * SAMPLE_RATE), np.int16)
-    for name, sentences in files.items():
-        samples = pause
-        for u in sentences:
-            samples = np.concatenate([samples, speak(u), pause])
+    for name, u in files.items():
+        samples = np.concatenate([pause, speak(u), pause])
         write_flac(args.out / f"{name}.flac", samples)
         rows.append(
             {
                 "file": f"{name}.flac",
-                "text": " ".join(u.text for u in sentences),
-                "voices": [u.voice for u in sentences],
+                "text": u.text,
+                "voice": u.voice,
                 "seconds": round(len(samples) / SAMPLE_RATE, 2),
             }
         )
