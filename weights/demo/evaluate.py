@@ -5,15 +5,16 @@
 Stock PyTorch throughout, float32: this measures the checkpoint, not the MAX encoder. The corpus is
 the `held-out` split of `weights.demo.speech`, sentences that training never saw, padded as Whisper
 pads. WER by jiwer over all words, with substitutions, deletions and insertions, also per voice.
+A killed run goes on with the sentence where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import jiwer
@@ -39,14 +40,27 @@ def word_errors(truth: list[str], heard: list[str]) -> dict[str, float]:
     }
 
 
-def decode(model: whisper.Whisper, clips: list[np.ndarray], timestamps: bool) -> Iterator[str]:
-    """Greedy stock `whisper.decode` of each clip in its own 30 s window."""
+def decode(
+    model: whisper.Whisper, clips: list[np.ndarray], timestamps: bool, notes: Path
+) -> list[str]:
+    """Greedy stock `whisper.decode` of each clip in its own 30 s window.
+
+    A text is a line of `notes` as soon as it is there; a clip that has one is not decoded again.
+    """
     options = whisper.DecodingOptions(
         language="en", temperature=0.0, without_timestamps=not timestamps, fp16=False
     )
-    for clip in clips:
-        mel = log_mel_spectrogram(pad_or_trim(clip), model.dims.n_mels)
-        yield whisper.decode(model, mel, options).text
+    notes.touch()
+    done = [x for x in notes.read_text().splitlines(keepends=True) if x.endswith("\n")]
+    os.truncate(notes, sum(len(x.encode()) for x in done))  # a killed run's half line
+    heard = [json.loads(x) for x in done[: len(clips)]]
+    with open(notes, "a") as file:
+        for clip in clips[len(heard) :]:
+            mel = log_mel_spectrogram(pad_or_trim(clip), model.dims.n_mels)
+            heard.append(whisper.decode(model, mel, options).text)
+            file.write(json.dumps(heard[-1]) + "\n")
+            file.flush()
+    return heard
 
 
 def noisy(clip: np.ndarray, snr_db: float, seed: int) -> np.ndarray:
@@ -86,7 +100,9 @@ def main(argv: list[str] | None = None) -> int:
         "20 dB SNR": ([noisy(c, 20, i) for i, c in enumerate(clean)], False),
     }
     for name, (clips, timestamps) in conditions.items():
-        heard = list(decode(model, clips, timestamps))
+        digest = checkpoint.source.sha256[:12]
+        notes = args.data / f"heard-{digest}-{name.replace(' ', '-').replace(',', '')}.jsonl"
+        heard = decode(model, clips, timestamps, notes)
         report[name] = word_errors(truth, heard)
         print(f"evaluate: {name}: {report[name]}", file=sys.stderr)
         if name == "clean":
@@ -98,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
                 for voice, those in sorted(by_voice.items())
             }
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        temporary = args.json.with_suffix(".tmp")
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+        temporary.replace(args.json)
     return 0
 
 
