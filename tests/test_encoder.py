@@ -17,7 +17,7 @@ from conftest import SAMPLES, first_window, sample_rows
 import encoder.engine
 from encoder.engine import Engine, EngineError
 from validation.metrics import max_abs, relative_l2
-from validation.numbers import compare, noise_mel, silence_mel
+from validation.numbers import compare, noise_mel, random_mel, silence_mel
 from validation.reference import run_eager, stock_encoder
 from weights import Checkpoint
 
@@ -31,9 +31,9 @@ def assert_same(
 ) -> None:
     """Every window, whole and at its edge frames alone, is within the limits of the stock output.
 
-    `noise` names the windows of white noise, where MAX_ABS cannot be held by anyone: stock float32
-    is itself further than that from float64 at single elements (docs/numbers-tiny.en.json). There
-    the largest difference may be four times that distance.
+    `noise` names the windows of noise from audio, where MAX_ABS cannot be held by anyone: stock
+    float32 is itself further than that from float64 at single elements, see
+    docs/numbers-tiny.en.json. There the largest difference may be four times that distance.
     """
     assert ours.dtype == torch.float32
     for i, numbers in enumerate(compare(ours, checkpoint, mel)):
@@ -49,10 +49,17 @@ def mel_of(what: str, speech: Path) -> torch.Tensor:
     """(1 or 3, 80, 3000): the inputs that each checkpoint is compared on."""
     if what == "batch of three":
         return torch.cat([first_window(speech), silence_mel(), noise_mel(2)])
-    return {"speech": first_window(speech), "silence": silence_mel(), "noise": noise_mel()}[what]
+    return {
+        "speech": first_window(speech),
+        "silence": silence_mel(),
+        "noise": noise_mel(),
+        "random mel": random_mel(),
+    }[what]
 
 
-INPUTS = pytest.mark.parametrize("what", ["speech", "silence", "noise", "batch of three"])
+INPUTS = pytest.mark.parametrize(
+    "what", ["speech", "silence", "noise", "random mel", "batch of three"]
+)
 NOISE = {"noise": (0,), "batch of three": (2,)}
 
 

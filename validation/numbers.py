@@ -2,7 +2,7 @@
 
     python -m validation.numbers samples/demo.flac --model demo --json docs/numbers-demo.json
 
-For the first 30 s window of a file, for silence and for white noise: relative L2 and the largest
+For the first 30 s window of a file, for silence and white noise: relative L2 and the largest
 absolute difference against stock openai-whisper (PyTorch, float32, eager attention), over all
 frames and over the edge frames alone, and beside them stock's own distance from its float64 twin.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from whisper.audio import N_SAMPLES
+from whisper.audio import N_FRAMES, N_SAMPLES
 
 import weights
 from encoder.audio import AudioError, load_audio, log_mel_spectrogram, windows
@@ -76,6 +76,12 @@ def noise_mel(seed: int = 1, n_mels: int = 80) -> Tensor:
     return log_mel_spectrogram(noise, n_mels)[None]
 
 
+def random_mel(seed: int = 1, n_mels: int = 80) -> Tensor:
+    """(1, n_mels, 3000): independent standard normal values, white in time and frequency."""
+    values = np.random.default_rng(seed).standard_normal((1, n_mels, N_FRAMES))
+    return torch.from_numpy(values.astype(np.float32))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m validation.numbers", description=__doc__)
     parser.add_argument("audio")
@@ -94,7 +100,8 @@ def main(argv: list[str] | None = None) -> int:
     inputs = {
         Path(args.audio).name: windows(audio, n_mels)[:1],
         "silence": silence_mel(n_mels),
-        "white noise": noise_mel(1, n_mels),
+        "white noise, as audio": noise_mel(1, n_mels),
+        "white noise, as mel": random_mel(1, n_mels),
     }
     report = {
         "command": f"python -m validation.numbers {Path(args.audio).name} --model {args.model}",
