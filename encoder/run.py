@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
+from whisper.audio import HOP_LENGTH
 from whisper.model import ModelDimensions
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 from whisper.utils import WriteTXT, get_writer, optional_float, optional_int, str2bool
@@ -193,7 +194,9 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parts = [number(part) for part in value.split(",") if value]
         except ValueError:
             parts = [math.nan]
-        if not all(math.isfinite(part) for part in parts):
+        if not all(math.isfinite(part) for part in parts) or (
+            option == "clip_timestamps" and any(part < 0 for part in parts)
+        ):
             parser.error(f"--{option} takes numbers with commas between them, not {value!r}")
     writes = args.output_dir is not None or args.output_format is not None
     if args.features is not None:
@@ -285,6 +288,19 @@ def unknown_token(args: argparse.Namespace, n_vocab: int) -> str | None:
     return f"--suppress_tokens: {wrong[0]} is none of the {n_vocab} tokens." if wrong else None
 
 
+def clips_within(clip_timestamps: str, samples: int) -> str:
+    """--clip_timestamps with no time past the file's end.
+
+    `whisper.transcribe` never returns where a clip ends past the last frame of the spectrogram.
+    """
+    end = samples // HOP_LENGTH * HOP_LENGTH / SAMPLE_RATE
+    times = [float(time) for time in clip_timestamps.split(",") if clip_timestamps]
+    if all(time <= end for time in times):
+        return clip_timestamps
+    complain(f"--clip_timestamps goes past the end of the file, {end} s: cut off there.")
+    return ",".join(str(min(time, end)) for time in times)
+
+
 def transcribe_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `whisper.transcribe`, made from the options as in its `cli()`."""
     options = dict(vars(args))
@@ -348,6 +364,7 @@ def transcribe_files(args: argparse.Namespace) -> int:
                 print_heading(args.audio, path)
             # Where whisper shows a progress bar it also prints the language: not to stdout.
             printed = sys.stdout if args.verbose else sys.stderr
+            options["clip_timestamps"] = clips_within(args.clip_timestamps, len(audio))
             try:
                 with contextlib.redirect_stdout(printed):
                     result = model.transcribe(audio, **options)

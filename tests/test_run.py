@@ -236,6 +236,7 @@ def test_without_an_increment_there_is_one_temperature():
         ("--patience 2 --beam_size None", "--patience requires --beam_size"),
         ("--clip_timestamps 1,x", "--clip_timestamps takes numbers"),
         ("--suppress_tokens x", "--suppress_tokens takes numbers"),
+        ("--clip_timestamps=-1,2", "--clip_timestamps takes numbers"),
         ("--clip_timestamps 0,inf", "--clip_timestamps takes numbers"),
         ("--beam_size 0", "--beam_size must be 1 or more"),
         ("--best_of -1", "--best_of must be 1 or more"),
@@ -256,6 +257,17 @@ def test_usage_errors(world, capsys, argv, says):
 
 
 # ---------------------------------------------------------------- transcripts
+
+
+def test_a_clip_ends_at_the_end_of_the_file(world, tmp_path, capsys):
+    """Past it, whisper.transcribe would never return."""
+    path = record(tmp_path / "a.wav")  # two seconds
+    assert main([path, "--clip_timestamps", "0.5,1,1.5,100"]) == 0
+    assert world.model.calls[-1]["clip_timestamps"] == "0.5,1.0,1.5,2.0"
+    assert "past the end of the file, 2.0 s" in capsys.readouterr().err
+    assert main([path, "--clip_timestamps", "0.5,2"]) == 0
+    assert world.model.calls[-1]["clip_timestamps"] == "0.5,2"
+    assert capsys.readouterr().err == ""
 
 
 def test_a_token_that_the_vocabulary_lacks(world, tmp_path, capsys):
