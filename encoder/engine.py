@@ -122,7 +122,7 @@ def select_device(name: str) -> Device:
 def write_artifact(compiled: CompiledModel, path: Path) -> None:
     """Keep `compiled` at `path`, its SHA-256 beside it: temporary files, renamed, the hash first.
 
-    A reader that comes between the two renames finds a hash that does not fit and compiles again.
+    A reader that comes between the two renames finds a hash that does not fit, and waits its turn.
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         artifact, checksum = Path(folder, "mef"), Path(folder, "sha256")
@@ -134,13 +134,11 @@ def write_artifact(compiled: CompiledModel, path: Path) -> None:
 
 
 def read_artifact(path: Path) -> CompiledModel | None:
-    """The artifact at `path`; None where there is none, or where it is damaged (said on stderr)."""
+    """The artifact at `path`; None where there is none, or where its hash does not fit."""
     checksum = path.with_suffix(".sha256")
-    if not path.exists():
+    if not path.exists() or not checksum.exists():
         return None
-    content = path.read_bytes()
-    if not checksum.exists() or checksum.read_text() != hashlib.sha256(content).hexdigest():
-        print(f"engine: {path} is damaged and will be compiled again", file=sys.stderr)
+    if checksum.read_text() != hashlib.sha256(path.read_bytes()).hexdigest():
         return None
     with engine_errors(f"read its own artifact {path} (remove it to compile again)"):
         return read(path)
@@ -184,8 +182,10 @@ def compiled_encoder(dims: ModelDimensions, device: Device) -> CompiledModel:
             return compiled
         path.parent.mkdir(parents=True, exist_ok=True)
         with alone(path):
-            if path.exists() and (compiled := read_artifact(path)):
+            if compiled := read_artifact(path):
                 return compiled  # another process wrote it meanwhile
+            if path.exists():
+                print(f"{path} is damaged and will be compiled again", file=sys.stderr)
             compiled = compile_encoder(dims, device)
             write_artifact(compiled, path)
             return compiled

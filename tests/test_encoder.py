@@ -31,9 +31,9 @@ def assert_same(
 ) -> None:
     """Every window, whole and at its edge frames alone, is within the limits of the stock output.
 
-    `noise` names the windows of noise from audio, where MAX_ABS cannot be held by anyone: stock
-    float32 is itself further than that from float64 at single elements, see
-    docs/numbers-tiny.en.json. There the largest difference may be four times that distance.
+    `noise` names the windows of noise from audio on which tiny.en misses MAX_ABS: stock float32 is
+    itself further than that from float64 at single elements there, see docs/numbers.md. The largest
+    difference may be four times that distance, a factor chosen after seeing it.
     """
     assert ours.dtype == torch.float32
     for i, numbers in enumerate(compare(ours, checkpoint, mel)):
@@ -82,7 +82,7 @@ def test_real_encoder_on_speech_needs_no_exception(real_checkpoint, real_engine,
 @INPUTS
 def test_demo_encoder_is_the_same_function(demo_checkpoint, demo_engine, what):
     mel = mel_of(what, SAMPLES / "demo.flac")
-    assert_same(demo_engine(mel), demo_checkpoint, mel, NOISE.get(what, ()))
+    assert_same(demo_engine(mel), demo_checkpoint, mel)
 
 
 def test_demo_encoder_on_every_sample(demo_checkpoint, demo_engine):
@@ -135,9 +135,8 @@ def test_our_code_ran(demo_checkpoint, demo_engine, name):
 def test_a_later_call_does_not_overwrite_an_earlier_result(demo_engine):
     first = demo_engine(first_window(SAMPLES / "demo.flac"))
     kept = first.clone()
-    addresses = {first.data_ptr()}
     for seed in range(3):
-        addresses.add(demo_engine(noise_mel(seed)).data_ptr())
+        demo_engine(noise_mel(seed))
     assert torch.equal(first, kept)
     first.zero_()  # the caller's memory: writing to it changes no later result
     assert torch.equal(demo_engine(first_window(SAMPLES / "demo.flac")), kept)
@@ -210,7 +209,7 @@ def test_one_artifact_serves_every_checkpoint_of_the_same_encoder(demo_checkpoin
         assert encoder.engine.artifact_name(other, device) != name
 
 
-def test_a_damaged_artifact_is_noticed(demo_engine, demo_checkpoint, tmp_path, capsys):
+def test_a_damaged_artifact_is_not_read(demo_engine, demo_checkpoint, tmp_path):
     device = encoder.engine.select_device("cpu")
     name = encoder.engine.artifact_name(demo_checkpoint.dims, device)
     kept = encoder.engine.artifact_folder() / name
@@ -219,10 +218,8 @@ def test_a_damaged_artifact_is_noticed(demo_engine, demo_checkpoint, tmp_path, c
     copy.write_bytes(kept.read_bytes())
     copy.with_suffix(".sha256").write_text(kept.with_suffix(".sha256").read_text())
     assert encoder.engine.read_artifact(copy) is not None
-    assert capsys.readouterr().err == ""
     copy.write_bytes(kept.read_bytes()[:-100])
     assert encoder.engine.read_artifact(copy) is None
-    assert "is damaged and will be compiled again" in capsys.readouterr().err
 
 
 def test_progress_says_why_and_how_long(capsys):
@@ -300,7 +297,7 @@ def test_a_damaged_artifact_is_compiled_again(demo_checkpoint, cache, tmp_path, 
     (artifact,) = (tmp_path / "cache").glob("*.mef")
     artifact.write_bytes(b"artif")
     assert kept(demo_checkpoint).content == b"artifact 2"
-    assert "is damaged and will be compiled again" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"{artifact} is damaged and will be compiled again\n"
     assert kept(demo_checkpoint).content == b"artifact 2"
     assert len(cache) == 2
 

@@ -2,9 +2,10 @@
 
     python -m validation.numbers samples/demo.flac --model demo --json docs/numbers-demo.json
 
-For the first 30 s window of a file, for silence and white noise: relative L2 and the largest
-absolute difference against stock openai-whisper (PyTorch, float32, eager attention), over all
-frames and over the edge frames alone, and beside them stock's own distance from its float64 twin.
+For the first 30 s window of a file, for silence and several kinds of white noise: relative L2 and
+the largest absolute difference against stock openai-whisper (PyTorch, float32, eager attention),
+over all frames and over the edge frames alone, and beside them stock's own distance from its
+float64 twin and from its own fused attention.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from whisper.audio import N_FRAMES, N_SAMPLES
 
 import weights
-from encoder.audio import AudioError, load_audio, log_mel_spectrogram, windows
+from encoder.audio import SAMPLE_RATE, AudioError, load_audio, log_mel_spectrogram, windows
 from encoder.engine import Engine, EngineError
 from validation.metrics import max_abs, relative_l2
 from validation.reference import float64_encoder, run_eager, run_float64, stock_encoder
@@ -36,7 +37,8 @@ EDGE = 3  # frames at either end: a padded edge touches one of conv1's and one o
 
 @dataclass(frozen=True)
 class Numbers:
-    """One window: ours against stock float32, and stock float32 against float64 (the floor)."""
+    """One window: ours against stock float32 in eager attention; stock's against float64 (the floor)
+    and against stock in fused attention, which is what PyTorch runs by default."""
 
     relative_l2: float
     max_abs: float
@@ -45,11 +47,15 @@ class Numbers:
     last_frames_relative_l2: float
     floor_relative_l2: float
     floor_max_abs: float
+    stock_fused_max_abs: float
 
 
 def compare(ours: Tensor, checkpoint: Checkpoint, mel: Tensor) -> list[Numbers]:
     """ours (B, n_audio_ctx, n_audio_state), mel (B, n_mels, frames) -> one `Numbers` a window."""
-    stock = run_eager(stock_encoder(checkpoint), mel)
+    module = stock_encoder(checkpoint)
+    stock = run_eager(module, mel)
+    with torch.no_grad():
+        fused = torch.cat([module(window[None]) for window in mel])
     exact = run_float64(float64_encoder(checkpoint), mel)
     return [
         Numbers(
@@ -60,8 +66,9 @@ def compare(ours: Tensor, checkpoint: Checkpoint, mel: Tensor) -> list[Numbers]:
             last_frames_relative_l2=relative_l2(a[-EDGE:], b[-EDGE:]),
             floor_relative_l2=relative_l2(b, e),
             floor_max_abs=max_abs(b, e),
+            stock_fused_max_abs=max_abs(f, b),
         )
-        for a, b, e in zip(ours, stock, exact, strict=True)
+        for a, b, e, f in zip(ours, stock, exact, fused, strict=True)
     ]
 
 
@@ -74,6 +81,23 @@ def noise_mel(seed: int = 1, n_mels: int = 80) -> Tensor:
     """(1, n_mels, 3000): 30 s of white noise at a tenth of full scale."""
     noise = np.random.default_rng(seed).standard_normal(N_SAMPLES).astype(np.float32) / 10
     return log_mel_spectrogram(noise, n_mels)[None]
+
+
+def other_noise(n_mels: int = 80) -> dict[str, Tensor]:
+    """White noise of other kinds, each (1, n_mels, 3000): what the choice of noise changes."""
+    rng = np.random.default_rng(1)
+    normal = rng.standard_normal(N_SAMPLES)
+    burst = normal / 10 * (np.arange(N_SAMPLES) < 11 * SAMPLE_RATE)
+    kinds = {
+        "uniform, full scale": rng.uniform(-1, 1, N_SAMPLES),
+        "of 1e-4": normal * 1e-4,
+        "in int16 steps of 2": np.round(normal * 2) / 32768,
+        "for 11 s, then silence": burst,
+    }
+    return {
+        f"white noise {kind}": log_mel_spectrogram(x.astype(np.float32), n_mels)[None]
+        for kind, x in kinds.items()
+    }
 
 
 def random_mel(seed: int = 1, n_mels: int = 80) -> Tensor:
@@ -100,7 +124,8 @@ def main(argv: list[str] | None = None) -> int:
     inputs = {
         Path(args.audio).name: windows(audio, n_mels)[:1],
         "silence": silence_mel(n_mels),
-        "white noise, as audio": noise_mel(1, n_mels),
+        **{f"white noise, seed {seed}": noise_mel(seed, n_mels) for seed in range(1, 11)},
+        **other_noise(n_mels),
         "white noise, as mel": random_mel(1, n_mels),
     }
     report = {

@@ -45,7 +45,7 @@ CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
 CTC_WEIGHT = 0.3
 PEAK_LR = 1e-3
 WARMUP = 300  # steps
-SHORT_ONLY = 400  # steps on one to three words before sentences come in
+SHORT_ONLY = 400  # steps on windows of 1.3 s before longer ones come in
 # (seconds, windows a batch, share of the steps after SHORT_ONLY); 30.0 is Whisper's own padding
 LENGTHS = ((1.3, 48, 0.2), (2.8, 24, 0.45), (4.6, 14, 0.17), (8.0, 8, 0.08), (30.0, 2, 0.1))
 
