@@ -37,7 +37,7 @@ EDGE = 3  # frames at either end: a padded edge touches one of conv1's and one o
 
 @dataclass(frozen=True)
 class Numbers:
-    """One window: ours against stock float32 in eager attention; stock's against float64 (the floor)
+    """One window: ours against stock float32 in eager attention; that against float64 (the floor)
     and against stock in fused attention, which is what PyTorch runs by default."""
 
     relative_l2: float
