@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,8 +33,14 @@ SHARD = 500  # utterances
 VOICES = (
     "espeak-ng:en-us",
     "espeak-ng:en-us+f3",
+    "espeak-ng:en-us+m3",
+    "espeak-ng:en-us+Annie",
+    "espeak-ng:en-us+klatt2",
     "espeak-ng:en-gb",
+    "espeak-ng:en-gb+f2",
     "espeak-ng:en-gb+m7",
+    "espeak-ng:en-gb-x-rp+f4",
+    "espeak-ng:en-gb-scotland+m1",
     "flite:slt",
     "flite:rms",
     "flite:awb",
@@ -56,7 +62,7 @@ def utterance(split: str, seed: int, index: int, short_share: float) -> Utteranc
     """Utterance `index` of a split, from its own random stream."""
     rng = random.Random(f"{split}/{seed}/{index}")
     words = text.phrase(rng) if rng.random() < short_share else text.sentence(rng)
-    return Utterance(words, rng.choice(VOICES), rng.uniform(0.85, 1.2), rng.randint(35, 65))
+    return Utterance(words, rng.choice(VOICES), rng.uniform(0.8, 1.25), rng.randint(30, 70))
 
 
 def resample(wav: bytes) -> np.ndarray:
@@ -97,8 +103,8 @@ def speak(u: Utterance) -> np.ndarray:
 
 def write_shard(path: Path, utterances: list[Utterance]) -> None:
     """Render and write `path`.npy and `path`.json; the JSON comes last and marks it complete."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        audio = list(pool.map(speak, utterances))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        audio = list(pool.map(speak, utterances, chunksize=8))
     starts = np.cumsum([0, *(len(a) for a in audio)])
     rows = [
         {**asdict(u), "start": int(s), "length": len(a)}
@@ -117,7 +123,7 @@ def write_shard(path: Path, utterances: list[Utterance]) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.demo.speech", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
-    parser.add_argument("--train", type=int, default=14_000, help="utterances to train on")
+    parser.add_argument("--train", type=int, default=24_000, help="utterances to train on")
     parser.add_argument("--held-out", type=int, default=500, help="utterances to evaluate on")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)

@@ -1,15 +1,18 @@
-"""Train `demo` from scratch: Whisper's own modules, cross-entropy plus CTC.
+"""Train `demo`: Whisper's own modules, cross-entropy plus CTC.
 
-    python -m weights.demo.train --data build/demo --out build/demo/run --steps 3500
+    python -m weights.demo.train --init build/v1.safetensors --steps 6000 --decay 1200
 
-Resumable (the newest checkpoint in --out is taken up again) and seeded: the batch of a step depends
-on the seed and the step alone. Refuses to start without the corpus of `weights.demo.speech`.
+Resumable (the newest checkpoint in --out is taken up again) and seeded: the batch of a step
+depends on the corpus, the seed and the step alone. The learning rate warms up, stays, and falls to
+zero over the last --decay steps; a run that is asked for more steps later goes on from the last
+checkpoint before the fall. Refuses to start without the corpus of `weights.demo.speech`.
 
-Two economies, both exact:
+Three economies:
 - Only the used tokens have an embedding row of their own; all others share one more row, whose
-  logit gets + log(number of unused tokens). That is the full softmax over OpenAI's vocabulary.
-- The encoder runs on the batch's own length: its positional embedding is a fixed sinusoid, cut to
-  that length. Every tenth batch or so is padded to 30 s, as Whisper pads.
+  logit gets + log(number of unused tokens). That is exactly the full softmax over OpenAI's tokens.
+- A window shorter than 30 s runs on its own length: the positional embedding is a fixed sinusoid,
+  from which a piece of that length is taken, anywhere in the 30 s; the times follow it.
+- CTC over characters teaches the encoder before the decoder can; its head is not exported.
 
 float32, or bfloat16 autocast with --bf16: the faster one on a processor with AMX, the slower one
 without.
@@ -21,6 +24,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +38,7 @@ from whisper.audio import log_mel_spectrogram
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import Tokenizer, get_tokenizer
 
+import weights
 from weights.demo.speech import SAMPLE_RATE
 from weights.demo.text import VOCABULARY
 
@@ -43,11 +48,16 @@ DIMS = ModelDimensions(
 )  # fmt: skip
 CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
 CTC_WEIGHT = 0.3
-PEAK_LR = 1e-3
-WARMUP = 300  # steps
-SHORT_ONLY = 400  # steps on windows of 1.3 s before longer ones come in
-# (seconds, windows a batch, share of the steps after SHORT_ONLY); 30.0 is Whisper's own padding
-LENGTHS = ((1.3, 48, 0.2), (2.8, 24, 0.45), (4.6, 14, 0.17), (8.0, 8, 0.08), (30.0, 2, 0.1))
+PEAK_LR = 8e-4
+WARMUP = 200  # steps
+SHORT_STEPS = 800  # steps in which long windows are rare: the new words come first
+WINDOW = 30.0  # seconds, Whisper's own
+# (seconds, windows a batch, share of the steps): about a minute of audio each
+SHORT = ((2.8, 24, 0.35), (4.6, 14, 0.35), (8.0, 8, 0.2), (WINDOW, 2, 0.1))
+LONG = ((4.6, 14, 0.15), (8.0, 8, 0.15), (15.0, 4, 0.2), (WINDOW, 2, 0.5))
+MAX_INITIAL_TIMESTAMP = 1.0  # seconds: stock decoding never begins a window with a later one
+MAX_PROMPT = 223  # tokens: n_text_ctx // 2 - 1, what stock decoding keeps
+IGNORED = -1  # a target without loss
 
 
 def used_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -92,95 +102,220 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Window:
-    """One training window: samples, sentences as (text, start s, end s), and its full length."""
+    """One training window. `sentences` are whole ones as (text, start s, end s); `cut` is the
+    start of a last one that the window's end cuts, and `cut_text` what is heard of it, about.
+    """
 
     samples: np.ndarray
     sentences: list[tuple[str, float, float]]
+    cut: float | None = None
+    cut_text: str = ""
+
+
+def reverberation(samples: np.ndarray, rng: random.Random) -> np.ndarray:
+    """A room: a decaying noise tail, 60 dB down after 0.15 to 0.6 s, under the direct sound."""
+    decay = rng.uniform(0.15, 0.6)
+    t = np.arange(round(decay * SAMPLE_RATE)) / SAMPLE_RATE
+    noise = np.random.default_rng(rng.getrandbits(64)).standard_normal(len(t))
+    tail = noise * 10 ** (-3 * t / decay)
+    tail *= rng.uniform(0.2, 0.7) / np.linalg.norm(tail)
+    tail[0] += 1.0
+    size = 1 << (len(samples) + len(tail)).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(samples, size) * np.fft.rfft(tail, size), size)
+    return wet[: len(samples)].astype(np.float32)
+
+
+def noise_of(kind: str, count: int, seed: int, corpus: Corpus) -> np.ndarray:
+    """`count` samples of noise with mean power 1: white, pink, babble (six voices at once), hum."""
+    rng = np.random.default_rng(seed)
+    noise: np.ndarray
+    if kind == "white":
+        noise = rng.standard_normal(count, np.float32)
+    elif kind == "pink":
+        spectrum = np.fft.rfft(rng.standard_normal(count))
+        noise = np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 20)), count)
+    elif kind == "babble":
+        noise = np.zeros(count)
+        for _ in range(6):
+            at = -int(rng.integers(SAMPLE_RATE))
+            while at < count:
+                voice = corpus.audio(int(rng.integers(len(corpus.rows))))[max(0, -at) :]
+                at = max(at, 0)
+                noise[at : at + len(voice)] += voice[: count - at]
+                at += len(voice)
+    else:
+        t = np.arange(count) / SAMPLE_RATE
+        base = float(rng.choice([50.0, 60.0, 100.0, 120.0]))
+        tones = [np.sin(2 * np.pi * base * n * t + rng.uniform(0, 6)) / n for n in range(1, 6)]
+        noise = np.sum(tones, axis=0) + 0.1 * rng.standard_normal(count)
+    return (noise / np.sqrt(np.mean(noise**2) + 1e-12)).astype(np.float32)
 
 
 def compose(corpus: Corpus, rng: random.Random, seconds: float) -> Window:
-    """Sentences with pauses between them, noise and level varied, in `seconds` of audio.
+    """Sentences with pauses between them, a room, noise and level varied, in `seconds` of audio.
 
-    A window of 30 s holds a random amount of speech and then silence; 4 % of all hold none.
+    Mostly speech up to the end, which cuts the last sentence, as the sliding window meets it; in
+    some windows of 30 s silence from 2 s on or later; 4 % hold no speech.
     """
-    noise_rng = np.random.default_rng(rng.getrandbits(64))
-    room = rng.uniform(1.5, 12.0) if seconds == 30.0 else seconds
-    samples = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
-    sentences = []
-    at = rng.choice([0.0, rng.uniform(0.0, 0.15 * room)])
-    gain = 10 ** (rng.uniform(-18, 0) / 20)
+    full = seconds != WINDOW or rng.random() < 0.7
+    room = seconds if full else rng.uniform(2.0, seconds)
+    samples: np.ndarray = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
+    sentences: list[tuple[str, float, float]] = []
+    cut, cut_text = None, ""
+    may_cut = full and seconds > 4 and rng.random() < 0.75
+    at = rng.choice([0.0, rng.uniform(0.0, 0.9), rng.uniform(0.0, 0.3)])
+    if seconds > 8 and rng.random() < 0.06:
+        at = rng.uniform(1.0, 6.0)
+    elif rng.random() < 0.12:  # the end of a sentence that the window before has heard
+        tail = corpus.audio(rng.randrange(len(corpus.rows)))[-round(rng.uniform(800, 4000)) :]
+        samples[: len(tail)] += tail
+        at = len(tail) / SAMPLE_RATE + rng.uniform(0.15, 0.6)
     empty = rng.random() < 0.04
     while not empty:
-        low = 0.6 * room if seconds < 6 else 0.2
-        i = corpus.pick(rng, min(low, room - at - 0.2), room - at)
+        left = room - at
+        if may_cut and left < 3.0 and left > 0.4 and rng.random() < 0.8:
+            i = corpus.pick(rng, left + 0.1, left + 4.0)
+            if i is not None:
+                audio = corpus.audio(i)
+                start = round(at * SAMPLE_RATE)
+                heard = audio[: len(samples) - start]
+                samples[start : start + len(heard)] += heard
+                cut = at
+                cut_text = corpus.text[i][: round(len(corpus.text[i]) * len(heard) / len(audio))]
+            break
+        low = 0.5 * room if seconds < 5 else 0.2
+        i = corpus.pick(rng, min(low, left - 0.2), left)
         if i is None:
             break
         audio = corpus.audio(i)
         start = round(at * SAMPLE_RATE)
         samples[start : start + len(audio)] += audio[: len(samples) - start]
         sentences.append((corpus.text[i], at, at + len(audio) / SAMPLE_RATE))
-        at = sentences[-1][2] + rng.uniform(0.15, 1.0)
-        if room - at < 0.8:
+        pause = rng.uniform(0.15, 1.0) if rng.random() < 0.93 else rng.uniform(1.0, 5.0)
+        at = sentences[-1][2] + pause
+        if room - at < 0.4:
             break
+    gain = 10 ** (rng.uniform(-20, 0) / 20)
+    if rng.random() < 0.2:
+        samples = reverberation(samples, rng)
+    spoken = samples[np.abs(samples) > 1e-3]
+    power = float(np.mean(spoken**2)) if spoken.size else 0.01
+    if rng.random() < 0.5:
+        kind = rng.choices(["white", "pink", "babble", "hum"], [0.4, 0.3, 0.15, 0.15])[0]
+        if not sentences and kind == "babble":
+            kind = "white"  # babble alone is speech
+        snr = rng.uniform(15, 40) if kind == "babble" else rng.uniform(8, 40)
+        noise = noise_of(kind, len(samples), rng.getrandbits(63), corpus)
+        samples = samples + noise * math.sqrt(power) * 10 ** (-snr / 20)
     peak = float(np.abs(samples).max()) or 1.0
-    samples *= gain / peak
-    if rng.random() < 0.5:  # white noise at 15 to 45 dB under the speech
-        level = gain * 0.2 * 10 ** (-rng.uniform(15, 45) / 20)
-        spoken = round(min(room, seconds) * SAMPLE_RATE)
-        samples[:spoken] += level * noise_rng.standard_normal(spoken, np.float32)
-    return Window(samples, sentences)
+    return Window((samples * (gain / peak)).astype(np.float32), sentences, cut, cut_text)
 
 
-def tokens_of(window: Window, tokenizer: Tokenizer, timestamps: bool) -> list[int]:
-    """The sequence that Whisper's training has for a window, `<|endoftext|>` included."""
-    if not window.sentences:
-        return [tokenizer.sot, tokenizer.no_speech, tokenizer.eot]
-    tokens = [tokenizer.sot] + ([] if timestamps else [tokenizer.no_timestamps])
-    for words, start, end in window.sentences:
-        spoken = tokenizer.encode(" " + words)
+def stamped(
+    sentences: list[tuple[str, float, float]], tokenizer: Tokenizer, offset: float = 0.0
+) -> list[int]:
+    """`<|start|> text <|end|>` for every sentence, times in steps of 0.02 s up to 30."""
+    tokens = []
+    for words, start, end in sentences:
+        first, last = (min(round((t + offset) / 0.02), 1500) for t in (start, end))
+        begin = tokenizer.timestamp_begin
+        tokens += [begin + first, *tokenizer.encode(" " + words), begin + last]
+    return tokens
+
+
+def prompt_of(corpus: Corpus, tokenizer: Tokenizer, rng: random.Random, times: bool) -> list[int]:
+    """A previous text: one to twelve sentences, with their times as `transcribe` hands them on."""
+    texts = [corpus.text[rng.randrange(len(corpus.rows))] for _ in range(rng.randint(1, 12))]
+    if not times:
+        return tokenizer.encode(" " + " ".join(texts))[-MAX_PROMPT:]
+    at, sentences = rng.uniform(0, 1), []
+    for text in texts:
+        sentences.append((text, at, at + 0.35 * len(text.split())))
+        at = sentences[-1][2] + rng.uniform(0.15, 1.0)
+    return stamped(sentences, tokenizer)[-MAX_PROMPT:]
+
+
+def tokens_of(
+    window: Window,
+    tokenizer: Tokenizer,
+    timestamps: bool,
+    prompt: list[int] | None = None,
+    offset: float = 0.0,
+) -> tuple[list[int], list[int]]:
+    """(what the decoder is given, what it has to say next) as Whisper's training has them.
+
+    No loss on the prompt. A cut sentence is its start time alone. A window without speech says
+    `<|nospeech|>`, and then, given what stock decoding forces instead, `<|endoftext|>`.
+    """
+    before = [tokenizer.sot_prev, *prompt] if prompt else []
+    if not window.sentences and window.cut is None:
+        forced = tokenizer.timestamp_begin if timestamps else tokenizer.no_timestamps
+        given = [tokenizer.sot, forced]
+        said = [tokenizer.no_speech, tokenizer.eot]
+    else:
         if timestamps:
-            first, last = (tokenizer.timestamp_begin + round(t / 0.02) for t in (start, end))
-            spoken = [first, *spoken, min(last, tokenizer.timestamp_begin + 1500)]
-        tokens += spoken
-    return [*tokens, tokenizer.eot]
+            text = stamped(window.sentences, tokenizer, offset)
+            if window.cut is not None:
+                text.append(
+                    tokenizer.timestamp_begin + min(round((window.cut + offset) / 0.02), 1500)
+                )
+            if offset == 0.0:
+                latest = tokenizer.timestamp_begin + round(MAX_INITIAL_TIMESTAMP / 0.02)
+                text[0] = min(text[0], latest)
+        else:
+            words = " ".join(s[0] for s in window.sentences)
+            text = [tokenizer.no_timestamps, *tokenizer.encode(" " + words)]
+        given, said = [tokenizer.sot, *text], [*text, tokenizer.eot]
+    return before + given, [IGNORED] * len(before) + said
 
 
 @dataclass
 class Batch:
-    """mel (B, 80, frames) float32; tokens (B, n) rows of the compact table, -1 past the end;
-    characters: the CTC targets, end to end, with their lengths."""
+    """mel (B, 80, frames) float32; `first` the encoder position of its first frame; tokens and
+    targets (B, n) rows of the compact table, IGNORED where there is no loss; characters: the CTC
+    targets, end to end, with their lengths."""
 
     mel: Tensor
+    first: int
     tokens: Tensor
+    targets: Tensor
     characters: Tensor
     character_lengths: Tensor
 
 
 class Batches:
-    """The batch of a step, from (seed, step) alone."""
+    """The batch of a step, from the corpus, the seed and the step alone."""
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seed: int):
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, seed
-        self.row = {t: i for i, t in enumerate(used_tokens(tokenizer))}
+        self.row = {t: i for i, t in enumerate(used_tokens(tokenizer))} | {IGNORED: IGNORED}
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"batch/{self.seed}/{step}")
-        seconds, size, _ = rng.choices(LENGTHS, [share for *_, share in LENGTHS])[0]
-        if step < SHORT_ONLY:
-            seconds, size, _ = LENGTHS[0]
+        lengths = SHORT if step < SHORT_STEPS else LONG
+        seconds, size, _ = rng.choices(lengths, [share for *_, share in lengths])[0]
         windows = [compose(self.corpus, rng, seconds) for _ in range(size)]
-        mel = torch.stack([log_mel_spectrogram(w.samples) for w in windows])
-        rows = [
-            torch.tensor([self.row[t] for t in tokens_of(w, self.tokenizer, rng.random() < 0.5)])
-            for w in windows
-        ]
-        characters = [
-            [1 + CTC_ALPHABET.index(c) for c in " ".join(s[0] for s in w.sentences).lower()]
-            for w in windows
-        ]
+        first = 0
+        if seconds < WINDOW and rng.random() < 0.6:
+            first = rng.randrange(round((WINDOW - seconds) / 0.02))
+        tokens, targets = [], []
+        for window in windows:
+            # Without timestamps a cut sentence has no name: half of all, about, are without.
+            timestamps = window.cut is not None or rng.random() < 0.3
+            prompt = None
+            if rng.random() < (0.5 if seconds > 8 else 0.1):
+                prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
+            given, said = tokens_of(window, self.tokenizer, timestamps, prompt, first * 0.02)
+            tokens.append(torch.tensor([self.row[t] for t in given]))
+            targets.append(torch.tensor([self.row[t] for t in said]))
+        texts = [" ".join([*(s[0] for s in w.sentences), w.cut_text]).strip() for w in windows]
+        characters = [[1 + CTC_ALPHABET.index(c) for c in text.lower()] for text in texts]
+        pad = nn.utils.rnn.pad_sequence
         return Batch(
-            mel,
-            nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1),
+            torch.stack([log_mel_spectrogram(w.samples) for w in windows]),
+            first,
+            pad(tokens, batch_first=True, padding_value=0),
+            pad(targets, batch_first=True, padding_value=IGNORED),
             torch.tensor([c for row in characters for c in row]),
             torch.tensor([len(row) for row in characters]),
         )
@@ -201,34 +336,53 @@ class Trainee(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(cross-entropy, CTC), means over tokens and over characters."""
         encoder = self.whisper.encoder
-        encoder.positional_embedding = self.positions[: batch.mel.shape[-1] // 2]
+        frames = batch.mel.shape[-1] // 2
+        encoder.positional_embedding = self.positions[batch.first : batch.first + frames]
         features = encoder(batch.mel)
         encoder.positional_embedding = self.positions  # whole again, for the checkpoint
-        inputs, targets = batch.tokens[:, :-1].clamp(min=0), batch.tokens[:, 1:]
-        logits = self.whisper.decoder(inputs, features).float()
+        logits = self.whisper.decoder(batch.tokens, features).float()
         logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
-        cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        cross_entropy = F.cross_entropy(
+            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED
+        )
         log_probs = self.ctc(features).float().log_softmax(-1).transpose(0, 1)
-        frames = torch.full((batch.mel.shape[0],), log_probs.shape[0])
+        lengths = torch.full((batch.mel.shape[0],), frames)
         ctc = F.ctc_loss(
-            log_probs, batch.characters, frames, batch.character_lengths, zero_infinity=True
+            log_probs, batch.characters, lengths, batch.character_lengths, zero_infinity=True
         )
         return cross_entropy, ctc
 
+    def take_over(self, checkpoint: weights.Checkpoint, used: list[int]) -> None:
+        """Start from an earlier `demo`: every tensor, and the rows of the tokens that it knew."""
+        tensors = {name: t.float() for name, t in checkpoint.tensors.items()}
+        table = tensors.pop("decoder.token_embedding.weight")
+        missing, unexpected = self.whisper.load_state_dict(tensors, strict=False)
+        if missing != ["decoder.token_embedding.weight"] or unexpected:
+            raise SystemExit(
+                f"train: {checkpoint.source.name} does not fit: {missing} {unexpected}"
+            )
+        unused = table[-1]  # of a timestamp past 30 s, or of any token that it never said
+        shared = (table == table.mode(dim=0).values).all(dim=1)
+        with torch.no_grad():
+            rows = self.whisper.decoder.token_embedding.weight
+            for i, token in enumerate(used):
+                if not shared[token]:
+                    rows[i] = table[token]
+            rows[-1] = table[shared.nonzero()[0, 0]] if shared.any() else unused
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to 1 % of the peak."""
-    if step < WARMUP:
-        return PEAK_LR * (step + 1) / WARMUP
-    turn = (step - WARMUP) / max(1, steps - WARMUP)
-    return PEAK_LR * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, turn))))
+
+def learning_rate(step: int, steps: int, decay: int) -> float:
+    """Linear warm-up, the peak, and a linear fall to zero over the last `decay` steps."""
+    return PEAK_LR * min(1.0, (step + 1) / WARMUP, (steps - step) / max(1, decay))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.demo.train", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("build/demo"))
     parser.add_argument("--out", type=Path, default=Path("build/demo/run"))
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--init", help="an earlier demo.safetensors to start from")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--decay", type=int, default=1200, help="steps over which the rate falls")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast (needs AMX to pay)")
     parser.add_argument("--save-every", type=int, default=100)
@@ -238,23 +392,29 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = get_tokenizer(multilingual=False)
     corpus = Corpus(args.data, "train")
     batches = Batches(corpus, tokenizer, args.seed)
-    model = Trainee(len(batches.row))
+    used = used_tokens(tokenizer)
+    model = Trainee(len(used))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     args.out.mkdir(parents=True, exist_ok=True)
-    newest, first = args.out / "checkpoint.pt", 0
+    newest, stable = args.out / "checkpoint.pt", args.out / "stable.pt"
+    falling, first = args.steps - args.decay, 0
     if newest.exists():
         state = torch.load(newest, weights_only=True)
+        if state["step"] > state["falling"] and state["falling"] < falling:
+            state = torch.load(stable, weights_only=True)  # more steps are wanted after a fall
         if state["seed"] != args.seed:
             print(f"train: {newest} was trained with seed {state['seed']}", file=sys.stderr)
             return 1
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+    elif args.init:
+        model.take_over(weights.load(args.init, offline=True), used)
     hours = corpus.seconds.sum() / 3600
     print(
-        f"train: {len(corpus.rows)} utterances, {hours:.1f} h, {len(batches.row)} tokens, "
+        f"train: {len(corpus.rows)} utterances, {hours:.1f} h, {len(used)} tokens, "
         f"from step {first} to {args.steps}",
         file=sys.stderr,
     )
@@ -263,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     with open(args.out / "losses.jsonl", "a") as log:
         for step in range(first, args.steps):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps)
+                group["lr"] = learning_rate(step, args.steps, args.decay)
             batch = batches(step)
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
                 cross_entropy, ctc = model(batch)
@@ -286,11 +446,15 @@ def main(argv: list[str] | None = None) -> int:
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "step": step + 1,
+                    "falling": falling,
                     "seed": args.seed,
                     "dims": asdict(DIMS),
                 }
                 torch.save(state, newest.with_suffix(".tmp"))
                 newest.with_suffix(".tmp").replace(newest)
+                if step + 1 <= falling:
+                    shutil.copyfile(newest, stable.with_suffix(".tmp"))
+                    stable.with_suffix(".tmp").replace(stable)
     return 0
 
 
