@@ -1,12 +1,17 @@
-"""Element-by-element error measures, accumulated in float64; no summary statistics, no tolerance.
+"""Element-by-element error measures, accumulated in float64; no tolerance, no judgement.
 
 Both sides must have one shape: a broadcast would compare what was never computed.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+EDGE = 3  # frames at either end: a padded edge touches one of conv1's and one of conv2's
 
 
 def _pair(candidate: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,3 +36,67 @@ def max_abs(candidate: Tensor, reference: Tensor) -> float:
     """The largest |candidate - reference|; NaN if either side has one."""
     a, b = _pair(candidate, reference)
     return float((a - b).abs().max())
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far a candidate's tap is from the reference's; see `error`. `nonfinite` counts the
+    candidate's NaN and infinite elements; with any, the measures are NaN."""
+
+    relative_l2: float
+    max_abs: float
+    mean_abs: float
+    p999_abs: float
+    sqnr_db: float
+    cosine: float
+    worst_index: tuple[int, ...]
+    worst_candidate: float
+    worst_reference: float
+    nonfinite: int
+    edge_relative_l2: float
+    candidate_mean: float
+    candidate_std: float
+    reference_mean: float
+    reference_std: float
+
+
+def error(candidate: Tensor, reference: Tensor, frame_axis: int = -2) -> Error:
+    """All measures of one tap, (..., frames, channels) or mel (n_mels, frames) with frame_axis -1.
+
+    p999_abs is the 99.9th percentile of |difference|; sqnr_db is 20 log10(1 / relative L2), inf
+    where the two are equal; edge_relative_l2 is over the first and last EDGE frames alone.
+    Raises ValueError on different shapes, or a reference that is zero or not finite.
+    """
+    a, b = _pair(candidate, reference)
+    if not bool(torch.isfinite(b).all()):
+        raise ValueError("the reference is not finite")
+    difference = (a - b).abs()
+    nonfinite = int((~torch.isfinite(a)).sum())
+    ranked = torch.nan_to_num(difference, nan=math.inf).flatten()
+    worst = int(ranked.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), a.shape))
+    relative = relative_l2(a, b)
+    frames = b.shape[frame_axis]
+    ends = torch.tensor([*range(min(EDGE, frames)), *range(max(0, frames - EDGE), frames)])
+    edge_a, edge_b = (t.index_select(frame_axis, ends) for t in (a, b))
+    edge_norm = float(torch.linalg.vector_norm(edge_b))
+    edge = float(torch.linalg.vector_norm(edge_a - edge_b)) / edge_norm if edge_norm else math.nan
+    rank = max(1, math.ceil(0.999 * ranked.numel()))
+    norms = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
+    return Error(
+        relative_l2=relative,
+        max_abs=float(difference.max()),
+        mean_abs=float(difference.mean()),
+        p999_abs=float(ranked.kthvalue(rank).values),
+        sqnr_db=math.inf if relative == 0 else -20 * math.log10(relative),
+        cosine=float((a * b).sum() / norms) if norms else math.nan,
+        worst_index=index,
+        worst_candidate=float(a.flatten()[worst]),
+        worst_reference=float(b.flatten()[worst]),
+        nonfinite=nonfinite,
+        edge_relative_l2=edge,
+        candidate_mean=float(a.mean()),
+        candidate_std=float(a.std(correction=0)),
+        reference_mean=float(b.mean()),
+        reference_std=float(b.std(correction=0)),
+    )
