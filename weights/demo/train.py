@@ -11,7 +11,7 @@ Three economies:
 - Only the used tokens have an embedding row of their own; all others share one more row, whose
   logit gets + log(number of unused tokens). That is exactly the full softmax over OpenAI's tokens.
 - A window shorter than 30 s runs on its own length: the positional embedding is a fixed sinusoid,
-  from which a piece of that length is taken, anywhere in the 30 s; the times follow it.
+  cut to that length.
 - CTC over characters teaches the encoder before the decoder can; its head is not exported.
 
 float32, or bfloat16 autocast with --bf16: the faster one on a processor with AMX, the slower one
@@ -50,11 +50,16 @@ CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
 CTC_WEIGHT = 0.3
 PEAK_LR = 8e-4
 WARMUP = 200  # steps
-SHORT_STEPS = 800  # steps in which long windows are rare: the new words come first
 WINDOW = 30.0  # seconds, Whisper's own
-# (seconds, windows a batch, share of the steps): about a minute of audio each
-SHORT = ((2.8, 24, 0.35), (4.6, 14, 0.35), (8.0, 8, 0.2), (WINDOW, 2, 0.1))
-LONG = ((4.6, 14, 0.15), (8.0, 8, 0.15), (15.0, 4, 0.2), (WINDOW, 2, 0.5))
+# The curriculum: (up to this step, ((seconds, windows a batch, share of the steps), ...)), batches
+# of about a minute of audio. The decoder learns where to look on one word or two; only then does it
+# find its way through thirty seconds.
+CURRICULUM = (
+    (900, ((1.3, 40, 0.6), (2.8, 22, 0.4))),
+    (1500, ((1.3, 40, 0.1), (2.8, 22, 0.4), (4.6, 14, 0.35), (8.0, 8, 0.15))),
+    (2200, ((2.8, 22, 0.1), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2), (WINDOW, 2, 0.1))),
+    (math.inf, ((4.6, 14, 0.1), (8.0, 8, 0.15), (15.0, 4, 0.25), (WINDOW, 2, 0.5))),
+)
 MAX_INITIAL_TIMESTAMP = 1.0  # seconds: stock decoding never begins a window with a later one
 MAX_PROMPT = 223  # tokens: n_text_ctx // 2 - 1, what stock decoding keeps
 IGNORED = -1  # a target without loss
@@ -211,13 +216,11 @@ def compose(corpus: Corpus, rng: random.Random, seconds: float) -> Window:
     return Window((samples * (gain / peak)).astype(np.float32), sentences, cut, cut_text)
 
 
-def stamped(
-    sentences: list[tuple[str, float, float]], tokenizer: Tokenizer, offset: float = 0.0
-) -> list[int]:
+def stamped(sentences: list[tuple[str, float, float]], tokenizer: Tokenizer) -> list[int]:
     """`<|start|> text <|end|>` for every sentence, times in steps of 0.02 s up to 30."""
     tokens = []
     for words, start, end in sentences:
-        first, last = (min(round((t + offset) / 0.02), 1500) for t in (start, end))
+        first, last = (min(round(t / 0.02), 1500) for t in (start, end))
         begin = tokenizer.timestamp_begin
         tokens += [begin + first, *tokenizer.encode(" " + words), begin + last]
     return tokens
@@ -240,7 +243,6 @@ def tokens_of(
     tokenizer: Tokenizer,
     timestamps: bool,
     prompt: list[int] | None = None,
-    offset: float = 0.0,
 ) -> tuple[list[int], list[int]]:
     """(what the decoder is given, what it has to say next) as Whisper's training has them.
 
@@ -254,14 +256,11 @@ def tokens_of(
         said = [tokenizer.no_speech, tokenizer.eot]
     else:
         if timestamps:
-            text = stamped(window.sentences, tokenizer, offset)
+            text = stamped(window.sentences, tokenizer)
             if window.cut is not None:
-                text.append(
-                    tokenizer.timestamp_begin + min(round((window.cut + offset) / 0.02), 1500)
-                )
-            if offset == 0.0:
-                latest = tokenizer.timestamp_begin + round(MAX_INITIAL_TIMESTAMP / 0.02)
-                text[0] = min(text[0], latest)
+                text.append(tokenizer.timestamp_begin + min(round(window.cut / 0.02), 1500))
+            latest = tokenizer.timestamp_begin + round(MAX_INITIAL_TIMESTAMP / 0.02)
+            text[0] = min(text[0], latest)
         else:
             words = " ".join(s[0] for s in window.sentences)
             text = [tokenizer.no_timestamps, *tokenizer.encode(" " + words)]
@@ -271,12 +270,10 @@ def tokens_of(
 
 @dataclass
 class Batch:
-    """mel (B, 80, frames) float32; `first` the encoder position of its first frame; tokens and
-    targets (B, n) rows of the compact table, IGNORED where there is no loss; characters: the CTC
-    targets, end to end, with their lengths."""
+    """mel (B, 80, frames) float32; tokens and targets (B, n) rows of the compact table, IGNORED
+    where there is no loss; characters: the CTC targets, end to end, with their lengths."""
 
     mel: Tensor
-    first: int
     tokens: Tensor
     targets: Tensor
     characters: Tensor
@@ -292,20 +289,17 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"batch/{self.seed}/{step}")
-        lengths = SHORT if step < SHORT_STEPS else LONG
+        lengths = next(lengths for until, lengths in CURRICULUM if step < until)
         seconds, size, _ = rng.choices(lengths, [share for *_, share in lengths])[0]
         windows = [compose(self.corpus, rng, seconds) for _ in range(size)]
-        first = 0
-        if seconds < WINDOW and rng.random() < 0.6:
-            first = rng.randrange(round((WINDOW - seconds) / 0.02))
         tokens, targets = [], []
         for window in windows:
             # Without timestamps a cut sentence has no name: half of all, about, are without.
             timestamps = window.cut is not None or rng.random() < 0.3
             prompt = None
-            if rng.random() < (0.5 if seconds > 8 else 0.1):
+            if rng.random() < (0.5 if seconds > 8 else 0.1 if seconds > 4 else 0):
                 prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
-            given, said = tokens_of(window, self.tokenizer, timestamps, prompt, first * 0.02)
+            given, said = tokens_of(window, self.tokenizer, timestamps, prompt)
             tokens.append(torch.tensor([self.row[t] for t in given]))
             targets.append(torch.tensor([self.row[t] for t in said]))
         texts = [" ".join([*(s[0] for s in w.sentences), w.cut_text]).strip() for w in windows]
@@ -313,7 +307,6 @@ class Batches:
         pad = nn.utils.rnn.pad_sequence
         return Batch(
             torch.stack([log_mel_spectrogram(w.samples) for w in windows]),
-            first,
             pad(tokens, batch_first=True, padding_value=0),
             pad(targets, batch_first=True, padding_value=IGNORED),
             torch.tensor([c for row in characters for c in row]),
@@ -337,7 +330,7 @@ class Trainee(nn.Module):
         """(cross-entropy, CTC), means over tokens and over characters."""
         encoder = self.whisper.encoder
         frames = batch.mel.shape[-1] // 2
-        encoder.positional_embedding = self.positions[batch.first : batch.first + frames]
+        encoder.positional_embedding = self.positions[:frames]
         features = encoder(batch.mel)
         encoder.positional_embedding = self.positions  # whole again, for the checkpoint
         logits = self.whisper.decoder(batch.tokens, features).float()
