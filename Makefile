@@ -1,6 +1,8 @@
 # `make` alone lists the targets. Everything runs in .venv, which `make install` makes by itself.
 PYTHON ?= python3
-AUDIO ?= samples/demo.flac
+AUDIO ?= samples/lecture.flac
+# What is said in AUDIO, a .txt or .json; without one there is no word error rate.
+TRUTH ?= $(if $(filter samples/%,$(AUDIO)),samples/samples.json)
 MODEL ?= demo
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 run: $(INSTALLED) ## transcribe: make run AUDIO=speech.mp3 MODEL=tiny
-	@$(BIN)/python -m encoder.run --model '$(MODEL)' '$(AUDIO)'
+	@$(BIN)/python -m encoder.run --model '$(MODEL)' --verbose True $(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)'
 
 test: check ## ruff, mypy and all tests
 	$(BIN)/python -m pytest

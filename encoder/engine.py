@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,12 +23,12 @@ import torch
 from filelock import FileLock, Timeout
 from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count
 from max.engine import CompiledModel, InferenceSession, Model, read
-from max.graph import DeviceRef
+from max.graph import DeviceRef, Graph
 from torch import Tensor
 from whisper.model import ModelDimensions
 
 import encoder.graph
-from encoder.graph import encoder_shapes
+from encoder.graph import encoder_shapes, tap_shapes
 from weights import Checkpoint
 
 DEVICES = ("auto", "cpu", "gpu")
@@ -34,6 +36,21 @@ DEVICES = ("auto", "cpu", "gpu")
 
 class EngineError(Exception):
     """MAX cannot do what was asked; the message is one sentence."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A graph that is compiled and kept: what builds it, and what messages call it."""
+
+    build: Callable[[ModelDimensions, DeviceRef], Graph]
+    what: str
+
+
+KINDS = {
+    "encoder": Kind(encoder.graph.build, "the encoder"),
+    "encoder-taps": Kind(encoder.graph.build_tapped, "the encoder with taps"),
+    "stages": Kind(encoder.graph.build_stages, "the encoder's single stages"),
+}
 
 
 def artifact_folder() -> Path:
@@ -53,8 +70,8 @@ def cpu_identity() -> str:
     return platform.machine() + platform.processor() + platform.version()
 
 
-def artifact_name(dims: ModelDimensions, device: Device) -> str:
-    """File name of the compiled encoder of these dims: what it is, and a hash of all it depends on.
+def artifact_name(dims: ModelDimensions, device: Device, kind: str = "encoder") -> str:
+    """File name of a compiled graph of these dims: what it is, and a hash of all it depends on.
 
     The hash covers the text of `encoder/graph.py`, the sizes, MAX's version, the processor and the
     accelerator. The weights and the batch size are not part of it: one artifact serves them all.
@@ -68,8 +85,8 @@ def artifact_name(dims: ModelDimensions, device: Device) -> str:
         "" if device.is_host else f"{device.api} {device.architecture_name}",
     )
     digest = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:16]
-    kind = "cpu" if device.is_host else "gpu"
-    return f"encoder-{dims.n_audio_layer}x{dims.n_audio_state}-{kind}-float32-{digest}.mef"
+    on = "cpu" if device.is_host else "gpu"
+    return f"{kind}-{dims.n_audio_layer}x{dims.n_audio_state}-{on}-float32-{digest}.mef"
 
 
 @contextmanager
@@ -144,25 +161,26 @@ def read_artifact(path: Path) -> CompiledModel | None:
         return read(path)
 
 
-def compile_encoder(dims: ModelDimensions, device: Device) -> CompiledModel:
-    """Build the graph and compile it: minutes, with a progress line."""
+def compile_encoder(dims: ModelDimensions, device: Device, kind: str) -> CompiledModel:
+    """Build the graph of this kind and compile it: minutes, with a progress line."""
+    what = KINDS[kind].what
     reason = (
-        f"Compiling the encoder ({dims.n_audio_layer} layers of {dims.n_audio_state}) for this "
+        f"Compiling {what} ({dims.n_audio_layer} layers of {dims.n_audio_state}) for this "
         "machine. It takes minutes, once; later starts take seconds."
     )
-    with progress(reason, "compiling"), engine_errors("compile the encoder"):
-        graph = encoder.graph.build(dims, DeviceRef.CPU() if device.is_host else DeviceRef.GPU())
+    with progress(reason, "compiling"), engine_errors(f"compile {what}"):
+        graph = KINDS[kind].build(dims, DeviceRef.CPU() if device.is_host else DeviceRef.GPU())
         return InferenceSession(devices=[device]).compile(graph)
 
 
 @contextmanager
-def alone(path: Path) -> Iterator[None]:
+def alone(path: Path, what: str) -> Iterator[None]:
     """Only one process at a time is in here for `path`; whoever has to wait says so."""
     lock = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        with progress("Another process is compiling the encoder.", "waiting"):
+        with progress(f"Another process is compiling {what}.", "waiting"):
             lock.acquire()
     try:
         yield
@@ -170,23 +188,23 @@ def alone(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def compiled_encoder(dims: ModelDimensions, device: Device) -> CompiledModel:
-    """The compiled encoder of these dims: from the artifact folder or, once, from the compiler.
+def compiled_encoder(dims: ModelDimensions, device: Device, kind: str = "encoder") -> CompiledModel:
+    """The compiled graph of these dims: from the artifact folder or, once, from the compiler.
 
     A second process that wants the same artifact waits for the first one's. A folder that cannot
     be written serves as long as it holds the artifact.
     """
-    path = artifact_folder() / artifact_name(dims, device)
+    path = artifact_folder() / artifact_name(dims, device, kind)
     try:
         if compiled := read_artifact(path):
             return compiled
         path.parent.mkdir(parents=True, exist_ok=True)
-        with alone(path):
+        with alone(path, KINDS[kind].what):
             if compiled := read_artifact(path):
                 return compiled  # another process wrote it meanwhile
             if path.exists():
                 print(f"{path} is damaged and will be compiled again", file=sys.stderr)
-            compiled = compile_encoder(dims, device)
+            compiled = compile_encoder(dims, device, kind)
             write_artifact(compiled, path)
             return compiled
     except OSError as error:
@@ -196,59 +214,145 @@ def compiled_encoder(dims: ModelDimensions, device: Device) -> CompiledModel:
         ) from error
 
 
-def float32_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+def float32_weights(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> dict[str, Tensor]:
     """The encoder's tensors as the graph binds them: float32, contiguous, by name.
 
     MAX checks neither names nor shapes when it initialises an artifact read from a file, so they
     are checked here, against the graph's own list.
     """
-    tensors, shapes = checkpoint.encoder_tensors(), encoder_shapes(checkpoint.dims)
+    shapes = encoder_shapes(dims)
     for name in sorted(shapes.keys() | tensors.keys()):
         found = tuple(tensors[name].shape) if name in tensors else "nothing"
         expected = shapes.get(name, "nothing")
         if found != expected:
             raise EngineError(f"encoder.{name}: found {found}, the graph expects {expected}")
-    return {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
+    return {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in shapes}
 
 
-class Engine:
-    """The compiled encoder with a checkpoint's weights: `engine(mel)` -> features.
+def check_input(name: str, x: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """`x`, contiguous, where it is (batch, *expected), float32, on the CPU; else ValueError."""
+    if x.ndim == 0 or x.shape[0] == 0 or tuple(x.shape[1:]) != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}, expected (batch, {', '.join(map(str, expected))})"
+        )
+    if x.dtype != torch.float32 or x.device.type != "cpu":
+        raise ValueError(f"{name} is {x.dtype} on {x.device}, expected torch.float32 on cpu")
+    return x.detach().contiguous()
 
-    Raises `EngineError` where MAX cannot do it; compiles (minutes, once) where no artifact is kept.
-    """
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "auto"):
-        self.dims = checkpoint.dims
+class Bound:
+    """A compiled graph with its weights, to be executed."""
+
+    def __init__(self, kind: str, dims: ModelDimensions, device: str, weights: dict[str, Tensor]):
+        self.dims = dims
         self._device = select_device(device)
         self.device = "cpu" if self._device.is_host else "gpu"
         # MAX reads CPU weights in place on every execution: they live as long as the model.
-        self._weights = float32_weights(checkpoint)
-        compiled = compiled_encoder(self.dims, self._device)
+        self._weights = weights
+        compiled = compiled_encoder(dims, self._device, kind)
         with engine_errors("bind the weights to the compiled encoder"):
             session = InferenceSession(devices=[self._device])
-            self._model: Model = session.init(compiled, weights_registry=self._weights)
+            self._model: Model = session.init(compiled, weights_registry=weights)
 
     @property
     def kernels(self) -> list[str]:
         """The kernels that the compiled model names, in order."""
         return list(self._model.kernel_summaries)
 
+    def _execute(self, *inputs: Tensor) -> list[Tensor]:
+        """The graph's outputs for its inputs. On the CPU without a copy on either side; the memory
+        of an output belongs to it alone."""
+        with engine_errors("run the encoder"):
+            buffers = [Buffer.from_dlpack(x) for x in inputs]
+            if not self._device.is_host:
+                buffers = [buffer.to(self._device) for buffer in buffers]
+            results = self._model.execute(*buffers)
+            if not self._device.is_host:
+                results = [result.to(CPU()) for result in results]
+            outputs = [torch.from_dlpack(result) for result in results]
+        given = {x.data_ptr() for x in inputs}  # an output that is an input unchanged is copied
+        return [x.clone() if x.data_ptr() in given else x for x in outputs]
+
+
+class Engine(Bound):
+    """The compiled encoder with a checkpoint's weights: `engine(mel)` -> features.
+
+    Raises `EngineError` where MAX cannot do it; compiles (minutes, once) where no artifact is kept.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto"):
+        weights = float32_weights(checkpoint.encoder_tensors(), checkpoint.dims)
+        super().__init__("encoder", checkpoint.dims, device, weights)
+
     def __call__(self, mel: Tensor) -> Tensor:
         """mel (batch, n_mels, 2 * n_audio_ctx) float32 -> (batch, n_audio_ctx, n_audio_state).
 
-        On the CPU without a copy on either side; the result's memory belongs to the result alone.
         Raises ValueError on another shape, dtype or device.
         """
         expected = (self.dims.n_mels, 2 * self.dims.n_audio_ctx)
-        if mel.ndim != 3 or tuple(mel.shape[1:]) != expected or mel.shape[0] == 0:
-            raise ValueError(f"mel has shape {tuple(mel.shape)}, expected (batch, *{expected})")
-        if mel.dtype != torch.float32 or mel.device.type != "cpu":
-            raise ValueError(f"mel is {mel.dtype} on {mel.device}, expected torch.float32 on cpu")
-        with engine_errors("run the encoder"):
-            buffer = Buffer.from_dlpack(mel.detach().contiguous())
-            if not self._device.is_host:
-                buffer = buffer.to(self._device)
-            features = self._model.execute(buffer)[0]
-            if not self._device.is_host:
-                features = features.to(CPU())
-            return torch.from_dlpack(features)
+        return self._execute(check_input("mel", mel, expected))[0]
+
+
+class TappedEngine(Bound):
+    """The same network from the same builder, every tap an output: `engine(mel)` -> taps.
+
+    The compiler fuses less of it: compare its `ln_post` with `Engine` before believing its taps.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "auto"):
+        weights = float32_weights(checkpoint.encoder_tensors(), checkpoint.dims)
+        super().__init__("encoder-taps", checkpoint.dims, device, weights)
+        self._names = list(tap_shapes(self.dims))
+
+    def __call__(self, mel: Tensor) -> dict[str, Tensor]:
+        """mel (batch, n_mels, 2 * n_audio_ctx) float32 -> every tap by name, in order of
+        computation, (batch, frames, channels); `mel` as the graph got it. Raises as `Engine`."""
+        expected = (self.dims.n_mels, 2 * self.dims.n_audio_ctx)
+        outputs = self._execute(check_input("mel", mel, expected))
+        return dict(zip(self._names, outputs, strict=True))
+
+
+class StagesEngine(Bound):
+    """Each stage alone, fed a reference's taps: `engine(reference, tensors)` -> what each answers.
+
+    One artifact, of one block, serves every layer, every depth and all weights of a width.
+    """
+
+    def __init__(self, dims: ModelDimensions, device: str = "auto"):
+        one = replace(dims, n_audio_layer=1)
+        super().__init__("stages", one, device, {})
+        self.dims = dims
+        self._shapes = tap_shapes(dims)
+        self._taps, self._weight_names = list(tap_shapes(one)), list(encoder_shapes(one))
+
+    def __call__(
+        self, reference: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """reference: every tap, (batch, ...) float32; tensors: the encoder's ("conv1.weight").
+
+        Returns for every tap what its stage, with `tensors`, makes of the reference's taps before
+        it. Raises ValueError on a missing tap, or another shape, dtype or device; EngineError.
+        """
+        weights = float32_weights(tensors, self.dims)
+        if missing := [name for name in self._shapes if name not in reference]:
+            raise ValueError(f"the reference lacks the tap {missing[0]}")
+        given = {name: check_input(name, reference[name], s) for name, s in self._shapes.items()}
+        if len(batches := {len(x) for x in given.values()}) > 1:
+            raise ValueError(f"the reference's taps are of several batches: {sorted(batches)}")
+        first = next(i for i, name in enumerate(self._taps) if name.startswith("blocks.0."))
+        answers: dict[str, Tensor] = {}
+        for layer in range(self.dims.n_audio_layer):
+            names = [of_layer(name, layer) for name in self._taps]
+            fed = list(names)
+            if layer:  # the block goes on with what the stem's last tap is replaced by
+                fed[first - 1] = f"blocks.{layer - 1}"
+            inputs = [given[name] for name in fed]
+            inputs += [weights[of_layer(name, layer)] for name in self._weight_names]
+            # the stem answers the same each time; ln_post was fed the last block in the last round
+            answers |= zip(names, self._execute(*inputs), strict=True)
+        return {name: answers[name] for name in self._shapes}
+
+
+def of_layer(name: str, layer: int) -> str:
+    """The name in block `layer` of a tap or tensor of block 0; other names stay."""
+    return re.sub(r"^blocks\.0(?=\.|$)", f"blocks.{layer}", name)

@@ -6,8 +6,8 @@ https://github.com/openai/whisper/blob/v20250625/whisper/model.py): the names ar
 checkpoint, in this graph and in the taps. Sizes are those of tiny in the comments:
 B windows, n_mels 80, n_audio_ctx 1500, n_audio_state 384, n_audio_head 6, n_audio_layer 4.
 
-Every user of the network calls these functions: the production graph, a graph with taps, a single
-block. Two arguments make that possible:
+Every user of the network calls these functions: the production graph, the graph with taps, the
+graph of single stages. Two arguments make that possible:
     weight(name) -> TensorValue    where a tensor comes from: an external constant, a graph input
     tap(name, x) -> TensorValue    looks at `x` and returns what the network goes on with
 """
@@ -15,6 +15,7 @@ block. Two arguments make that possible:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
@@ -145,10 +146,74 @@ def external_weights(dims: ModelDimensions, device: DeviceRef) -> WeightSource:
     return weight
 
 
+def mel_type(dims: ModelDimensions, device: DeviceRef) -> TensorType:
+    """(batch, n_mels, 2 * n_audio_ctx), float32, with any batch size."""
+    return TensorType(DType.float32, ["batch", dims.n_mels, 2 * dims.n_audio_ctx], device)
+
+
 def build(dims: ModelDimensions, device: DeviceRef) -> Graph:
     """The production graph: one input, mel, with any batch size; one output, the features."""
-    mel_type = TensorType(DType.float32, ["batch", dims.n_mels, 2 * dims.n_audio_ctx], device)
-    with Graph("whisper_audio_encoder", input_types=[mel_type]) as graph:
+    with Graph("whisper_audio_encoder", input_types=[mel_type(dims, device)]) as graph:
         (mel,) = graph.inputs
         graph.output(encoder(mel.tensor, external_weights(dims, device), dims))
+    return graph
+
+
+def build_tapped(dims: ModelDimensions, device: DeviceRef) -> Graph:
+    """The production graph with one output for each tap, in the order of `tap_names`."""
+    taps: list[TensorValue] = []
+
+    def tap(name: str, x: TensorValue) -> TensorValue:
+        taps.append(x)
+        return x
+
+    with Graph("whisper_audio_encoder_taps", input_types=[mel_type(dims, device)]) as graph:
+        encoder(graph.inputs[0].tensor, external_weights(dims, device), dims, tap)
+        graph.output(*taps)
+    return graph
+
+
+def tap_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
+    """Every tap and its shape without the batch, in order of computation: what the builder taps."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def tap(name: str, x: TensorValue) -> TensorValue:
+        found[name] = tuple(int(d) for d in x.shape[1:])
+        return x
+
+    cpu = DeviceRef.CPU()
+    with Graph("tap_shapes", input_types=[mel_type(dims, cpu)]) as graph:
+        encoder(graph.inputs[0].tensor, external_weights(dims, cpu), dims, tap)
+    return found
+
+
+def tap_names(dims: ModelDimensions) -> list[str]:
+    """The names of the taps, in order of computation: "mel", "conv1", ... "ln_post"."""
+    return list(tap_shapes(dims))
+
+
+def build_stages(dims: ModelDimensions, device: DeviceRef) -> Graph:
+    """Every stage of a network with one block, each by itself: the tap that it gives is an output,
+    and the network goes on with another tensor, the reference's, which is an input.
+
+    inputs: the reference's taps, in the order of `tap_names` of one layer, any batch size; then the
+    weights, in the order of `encoder_shapes` of one layer. No stage sees what another one gave, so
+    this graph answers for any layer of any network of this width.
+    """
+    one = replace(dims, n_audio_layer=1)
+    shapes, weights = tap_shapes(one), encoder_shapes(one)
+    types = [TensorType(DType.float32, ["batch", *shape], device) for shape in shapes.values()]
+    types += [TensorType(DType.float32, shape, device) for shape in weights.values()]
+    answers: list[TensorValue] = []
+    with Graph("whisper_audio_encoder_stages", input_types=types) as graph:
+        inputs = [value.tensor for value in graph.inputs]
+        reference = dict(zip(shapes, inputs, strict=False))  # the first of them
+        weight = dict(zip(weights, inputs[len(shapes) :], strict=True))
+
+        def tap(name: str, x: TensorValue) -> TensorValue:
+            answers.append(x)
+            return reference[name]
+
+        encoder(reference["mel"], weight.__getitem__, one, tap)
+        graph.output(*answers)
     return graph

@@ -16,10 +16,12 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -52,9 +54,11 @@ what differs from openai-whisper's command line:
   --model_dir is the Hugging Face cache folder
   --device is the encoder's; the decoder runs on the CPU, in PyTorch
   --fp16 is False by default, and True is refused
-  --verbose is False by default: a progress bar, if stderr is a terminal
+  --verbose is False by default: a progress bar, if stderr is a terminal; with True a last line
+  on stderr says how long it took, without loading the model, and which encoder ran
   --threads also limits the encoder, where the system can bind a program to some of its processors
-  --offline and --features are new
+  --offline, --features and --truth are new; --truth ends with that last line and the word error
+  rate in it, over words as OpenAI normalises them
   a file that cannot be transcribed gets one sentence on stderr, the others are transcribed, and
   the exit status is 1
 
@@ -96,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--features", default=None, metavar="FILE.safetensors",
         help="instead of a transcript, save the encoder's output for every 30 s window of the one "
         "audio file: tensor `features`, (windows, n_audio_ctx, n_audio_state) float32")
+    add("--truth", default=None, metavar="FILE",
+        help="what is said, to count the wrong words: a text file for the one audio file, or a "
+        ".json like samples/samples.json, a list of {file, text}")
     add("--verbose", type=str2bool, default=False,
         help="print the segments with their times as they are decoded")
 
@@ -204,6 +211,8 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error("--features takes exactly one audio file")
         if writes:
             parser.error("--features makes no transcript for --output_dir and --output_format")
+        if args.truth is not None:
+            parser.error("--features makes no transcript for --truth")
     if writes:
         names = Counter(os.path.splitext(os.path.basename(path))[0] for path in args.audio)
         name, count = names.most_common(1)[0]
@@ -304,7 +313,7 @@ def clips_within(clip_timestamps: str, samples: int) -> str:
 def transcribe_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `whisper.transcribe`, made from the options as in its `cli()`."""
     options = dict(vars(args))
-    own = "audio model model_dir offline device output_dir output_format features threads"
+    own = "audio model model_dir offline device output_dir output_format features truth threads"
     for name in [*own.split(), *WORD_OPTIONS]:
         del options[name]
     increment = options.pop("temperature_increment_on_fallback")
@@ -322,6 +331,15 @@ def transcribe_files(args: argparse.Namespace) -> int:
 
     What can be checked without the model is checked before it is downloaded and compiled.
     """
+    truth: dict[str, str] = {}
+    if args.truth is not None:
+        from encoder.truth import TruthError, read_truth
+
+        try:
+            truth = read_truth(args.truth, args.audio)
+        except TruthError as error:
+            complain(error)
+            return 1
     recordings = decoded(args.audio)
     first = next(recordings, None)
     if first is None:
@@ -365,6 +383,7 @@ def transcribe_files(args: argparse.Namespace) -> int:
             # Where whisper shows a progress bar it also prints the language: not to stdout.
             printed = sys.stdout if args.verbose else sys.stderr
             options["clip_timestamps"] = clips_within(args.clip_timestamps, len(audio))
+            began = time.perf_counter()
             try:
                 with contextlib.redirect_stdout(printed):
                     result = model.transcribe(audio, **options)
@@ -374,9 +393,15 @@ def transcribe_files(args: argparse.Namespace) -> int:
             except ValueError as error:  # whisper's own checks of what it is asked to decode
                 complain(f"{path} cannot be transcribed: {error}.")
                 continue
+            took = time.perf_counter() - began
             if not args.verbose:
                 print_heading(args.audio, path)
                 WriteTXT("").write_result(result, file=sys.stdout)
+            if args.verbose or truth:
+                heard = seconds_heard(options["clip_timestamps"], len(audio))
+                line = how_it_went(args, model, result, truth.get(path), heard, took)
+                name = f"{path}: " if len(args.audio) > 1 else ""
+                print(name + line, file=sys.stderr)
             if scratch is not None:
                 try:
                     write_files(args, result, path, scratch, output_dir)
@@ -391,6 +416,43 @@ def print_heading(paths: list[str], path: str) -> None:
     """`==> path <==`, as head(1) does, where there is more than one file."""
     if len(paths) > 1:
         print(f"==> {path} <==", flush=True)
+
+
+def seconds_heard(clip_timestamps: str, samples: int) -> float:
+    """How much of a file --clip_timestamps names; the last end is the file's."""
+    times = [float(time) for time in clip_timestamps.split(",") if time] or [0.0]
+    if len(times) % 2 == 1:
+        times.append(max(times[-1], samples / SAMPLE_RATE))
+    return sum(times[1::2]) - sum(times[::2])
+
+
+def how_it_went(
+    args: argparse.Namespace,
+    model: Any,
+    result: dict[str, Any],
+    truth: str | None,
+    heard: float,
+    took: float,
+) -> str:
+    """The last line: seconds heard and taken, the word error rate where `truth` is given, and
+    which encoder ran, as the model's own encoder says."""
+    line = [f"{heard:.1f} s heard in {took:.1f} s ({heard / took:.1f} times real time)"]
+    if truth is not None:
+        from encoder.truth import word_errors
+
+        language = "en" if args.task == "translate" else result["language"]
+        errors = word_errors(truth, result["text"], language)
+        rate = f"{100 * errors.rate:.1f} %" if errors.words else "undefined"
+        line.append(
+            f"WER {rate} ({errors.substitutions} S, {errors.deletions} D, {errors.insertions} I of "
+            f"{errors.words} words)"
+        )
+    dims, engine = model.dims, model.encoder.engine  # a stock encoder has no engine
+    line.append(
+        f"encoder: MAX {version('max')} on {engine.device}, "
+        f"{dims.n_audio_layer} layers of {dims.n_audio_state}"
+    )
+    return " · ".join(line)
 
 
 def write_files(
@@ -478,8 +540,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_usage(parser, args)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A character that the terminal's encoding lacks is printed as its escape.
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # A character that the terminal's encoding lacks is printed as its escape. A pipe gets
+        # every line at once, as a terminal does: segments come as they are decoded.
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = show_warning

@@ -23,7 +23,7 @@ from whisper.audio import N_FRAMES
 import weights
 from decoder_bridge.model import MaxAudioEncoder, bridged_model, stock_model
 from encoder.audio import load_audio, windows
-from encoder.engine import Engine
+from encoder.engine import Engine, StagesEngine, TappedEngine
 from weights import Checkpoint
 
 SAMPLES = Path(__file__).parent.parent / "samples"
@@ -95,3 +95,14 @@ def refit() -> Pair:
 @pytest.fixture(scope="session")
 def jfk() -> Path:
     return shared("audio/jfk.flac")
+
+
+@pytest.fixture(scope="session")
+def demo_tapped(demo_checkpoint: Checkpoint) -> TappedEngine:
+    return TappedEngine(demo_checkpoint, "cpu")
+
+
+@pytest.fixture(scope="session")
+def stages_engine(demo_checkpoint: Checkpoint) -> StagesEngine:
+    """Serves every checkpoint of tiny's width: the weights are inputs."""
+    return StagesEngine(demo_checkpoint.dims, "cpu")

@@ -269,7 +269,7 @@ def cache(tmp_path, monkeypatch):
     """An artifact folder of its own; nothing is compiled, what is compiled is counted."""
     compiled = []
 
-    def compile_encoder(dims, device):
+    def compile_encoder(dims, device, kind):
         compiled.append(dims)
         return FakeCompiled(b"artifact %d" % len(compiled))
 
@@ -318,10 +318,10 @@ def test_a_second_process_waits_and_does_not_compile(demo_checkpoint, cache, mon
     compiling, go = threading.Event(), threading.Event()
     once = encoder.engine.compile_encoder
 
-    def slowly(dims, device):
+    def slowly(dims, device, kind):
         compiling.set()
         assert go.wait(30)
-        return once(dims, device)
+        return once(dims, device, kind)
 
     monkeypatch.setattr(encoder.engine, "compile_encoder", slowly)
     with ThreadPoolExecutor(2) as pool:

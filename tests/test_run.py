@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ class Model:
 
     is_multilingual = True
     dims = DIMS
+    encoder = types.SimpleNamespace(engine=types.SimpleNamespace(device="cpu"))
 
     def __init__(self) -> None:
         self.calls: list[dict] = []
@@ -64,7 +66,8 @@ class Model:
         if verbose:
             for segment in segments:
                 print(f"[{segment['start']}] {segment['text']}")
-        return {"text": "".join(s["text"] for s in segments), "segments": segments}
+        text = "".join(s["text"] for s in segments)
+        return {"text": text, "segments": segments, "language": options.get("language") or "da"}
 
 
 class Engine:
@@ -181,13 +184,17 @@ def test_options_and_defaults_are_openais_but_for_the_stated_ones(monkeypatch):
         if ours[flag].default != action.default:
             differing[flag] = ours[flag].default
     assert differing == {**OTHER_DEFAULTS, "-o": None, "-f": None}
-    assert set(ours) - set(theirs._option_string_actions) == {"--offline", "--features"}
+    assert set(ours) - set(theirs._option_string_actions) == {
+        "--offline",
+        "--features",
+        "--truth",
+    }
 
 
 def test_help_states_every_difference():
     text = " ".join(build_parser().format_help().split())
     stated = text[text.index("what differs from openai-whisper") :]
-    for flag in [*OTHER_DEFAULTS, "--offline", "--features", "--threads", "--model_dir"]:
+    for flag in [*OTHER_DEFAULTS, "--offline", "--features", "--truth", "--threads", "--model_dir"]:
         assert flag in stated, flag
 
 
@@ -248,6 +255,7 @@ def test_without_an_increment_there_is_one_temperature():
         ("--language Klingon", "invalid choice: 'Klingon'"),
         ("b.wav --features f.safetensors", "--features takes exactly one audio file"),
         ("--features f.safetensors -o .", "--features makes no transcript"),
+        ("--features f.safetensors --truth t.txt", "makes no transcript for --truth"),
         ("other/a.mp3 -f txt", "2 of the audio files would be written as a.*"),
     ],
 )
@@ -346,6 +354,96 @@ def test_an_english_model_is_told_english(world, tmp_path, capsys, language, war
     assert main([record(tmp_path / "a.wav"), *argv]) == 0
     assert world.model.calls[0]["language"] in {"en", "English"}
     assert ("knows English only, not da" in capsys.readouterr().err) == warned
+
+
+# ---------------------------------------------------------------- the last line
+
+SPEED = r"2\.0 s heard in \d+\.\d s \(\d+\.\d times real time\) · "
+ENCODER = r"encoder: MAX 26\.\S+ on cpu, 1 layers of 8\n"
+
+
+def test_verbose_ends_with_the_time_it_took_and_the_encoder(world, tmp_path, capsys):
+    assert main([record(tmp_path / "a.wav"), "--verbose", "True"]) == 0
+    assert re.fullmatch(SPEED + ENCODER, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("language", "truth", "wrong"),
+    [
+        ("en", "\ufeffSecond zero, ü:\nsecond one. Ü", "0.0 % (0 S, 0 D, 0 I of 6 words)"),
+        ("da", "Second zero, ü:\nsecond one. Ü", "33.3 % (2 S, 0 D, 0 I of 6 words)"),
+        ("en", "the second 0 ü second ü", "33.3 % (0 S, 1 D, 1 I of 6 words)"),
+        ("en", "um", "undefined (0 S, 0 D, 6 I of 0 words)"),
+    ],
+)
+def test_truth_counts_words_as_openai_does(world, tmp_path, capsys, language, truth, wrong):
+    (tmp_path / "truth.txt").write_text(truth, encoding="utf-8")
+    path = record(tmp_path / "a.wav")
+    assert main([path, "--truth", str(tmp_path / "truth.txt"), "--language", language]) == 0
+    out, err = capsys.readouterr()
+    assert out == "second 0 ü\nsecond 1 ü\n"
+    assert re.fullmatch(SPEED + re.escape(f"WER {wrong} · ") + ENCODER, err)
+
+
+def test_a_translation_is_english(world, tmp_path, capsys):
+    (tmp_path / "truth.txt").write_text("second zero ü second one ü")
+    argv = ["--truth", str(tmp_path / "truth.txt"), "--language", "da", "--task", "translate"]
+    assert main([record(tmp_path / "a.wav"), *argv]) == 0
+    assert "WER 0.0 %" in capsys.readouterr().err
+
+
+def test_truth_of_several_files_is_json(world, tmp_path, capsys):
+    paths = [record(tmp_path / name, 1) for name in ("a.wav", "b.wav")]
+    rows = [{"file": "b.wav", "text": "second 0"}, {"file": "a.wav", "text": "second 0 ü"}]
+    (tmp_path / "truth.json").write_text(json.dumps(rows))
+    assert main([*paths, "--truth", str(tmp_path / "truth.json")]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{paths[0]}: 1.0 s heard in ")
+    assert "WER 0.0 % (0 S, 0 D, 0 I of 3 words)" in first
+    assert second.startswith(f"{paths[1]}: 1.0 s heard in ")
+    assert "WER 50.0 % (0 S, 0 D, 1 I of 2 words)" in second
+
+
+@pytest.mark.parametrize(
+    ("clips", "heard"), [("0", 2.0), ("0.5", 1.5), ("0,0.5,1", 1.5), ("0,0.5,1,99", 1.5), ("", 2.0)]
+)
+def test_only_the_clips_are_heard(world, tmp_path, capsys, clips, heard):
+    argv = ["--verbose", "True", f"--clip_timestamps={clips}"]
+    assert main([record(tmp_path / "a.wav"), *argv]) == 0
+    assert f"{heard} s heard in" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("absent.txt", None, "absent.txt cannot be read: No such file or directory."),
+        ("latin.txt", "blåbær".encode("latin-1"), "latin.txt is not text in UTF-8."),
+        ("empty.txt", b" ... \n", "empty.txt has no words for a.wav."),
+        ("broken.json", b"[", "broken.json is not JSON: Expecting value"),
+        ("text.json", b'"a"', "text.json is not a list of objects with a `file` and a `text`."),
+        ("rows.json", b'[{"file": "a.wav"}]', "rows.json is not a list of objects"),
+        ("other.json", b'[{"file": "b.wav", "text": "b"}]', "other.json has no text for a.wav."),
+    ],
+)
+def test_truth_that_cannot_be_used_is_found_before_the_model(
+    world, tmp_path, capsys, name, content, says
+):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert main([record(tmp_path / "a.wav"), "--truth", str(tmp_path / name)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"encoder.run: {tmp_path}{os.sep}{says}")
+    assert len(err.splitlines()) == 1
+    assert not world.loads
+
+
+def test_one_text_is_not_the_truth_of_two_files(world, tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("second")
+    paths = [record(tmp_path / name) for name in ("a.wav", "b.wav")]
+    assert main([*paths, "--truth", str(tmp_path / "t.txt")]) == 1
+    assert "is one text for 2 audio files" in capsys.readouterr().err
+    assert not world.loads
 
 
 # ---------------------------------------------------------------- files
@@ -540,7 +638,9 @@ def program(*lines: str):
         import sys, types, warnings
         class Model:
             is_multilingual = True
-            dims = types.SimpleNamespace(n_mels=80, n_audio_ctx=1500, n_vocab=51864)
+            dims = types.SimpleNamespace(
+                n_mels=80, n_audio_ctx=1500, n_vocab=51864, n_audio_layer=2, n_audio_state=8
+            )
             def transcribe(self, audio, **options):
                 return {"segments": [{"text": "word " * 30000}], "text": ""}
         class Absent(Exception): pass
@@ -555,6 +655,7 @@ def program(*lines: str):
     code = textwrap.dedent(start) + "\n".join(lines)
     process = subprocess.Popen(
         [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         cwd=Path(__file__).parent.parent,
@@ -574,6 +675,25 @@ def test_a_reader_that_leaves_is_no_error(tmp_path):
         assert process.stderr.read() == ""
 
 
+def test_a_pipe_gets_every_segment_when_it_is_there(tmp_path):
+    lines = [
+        "def transcribe(self, audio, **options):",
+        "    print('[00:00.000 --> 00:01.000]  one')",
+        "    sys.stdin.read()",  # until the first segment has been read
+        "    print('[00:01.000 --> 00:02.000]  two')",
+        "    return {'segments': [], 'text': ''}",
+        "Model.transcribe = transcribe",
+        "Model.encoder = types.SimpleNamespace(engine=types.SimpleNamespace(device='cpu'))",
+        f"raise SystemExit(main([{record(tmp_path / 'a.wav')!r}, '--verbose', 'True']))",
+    ]
+    with program(*lines) as process:
+        assert process.stdout.readline().endswith("one\n")
+        out, err = process.communicate(timeout=60)  # closes its stdin
+    assert out.endswith("two\n")
+    assert process.returncode == 0
+    assert "2.0 s heard in" in err
+
+
 def test_a_missing_file_does_not_wait_for_max_and_threads_are_bound(tmp_path):
     lines = ["import os, torch", "status = main(['absent.wav', '--threads', '1'])"]
     lines += ["print(status, [name for name in sys.modules if name.split('.')[0] == 'max'])"]
@@ -583,3 +703,21 @@ def test_a_missing_file_does_not_wait_for_max_and_threads_are_bound(tmp_path):
         out, err = process.communicate(timeout=60)
     assert err == "encoder.run: absent.wav: no such file.\n"
     assert out == "1 []\n1 1\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        ([], "--model 'demo' --verbose True --truth 'samples/samples.json' 'samples/lecture.flac'"),
+        (["AUDIO=talk.mp3", "MODEL=tiny"], "--model 'tiny' --verbose True  'talk.mp3'"),
+        (["AUDIO=a.mp3", "TRUTH=a.txt"], "--model 'demo' --verbose True --truth 'a.txt' 'a.mp3'"),
+    ],
+)
+def test_make_run(given, ends):
+    """The truth goes with the samples, and with what the user gives one for."""
+    command = ["make", "--dry-run", "--no-print-directory", "run", *given]
+    root = Path(__file__).parent.parent
+    outer = {"MAKEFLAGS", "AUDIO", "MODEL", "TRUTH"}  # of a `make test` around this
+    env = {name: value for name, value in os.environ.items() if name not in outer}
+    result = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root, env=env)
+    assert result.stdout.splitlines()[-1].endswith(f"-m encoder.run {ends}")

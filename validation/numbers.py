@@ -28,11 +28,9 @@ from whisper.audio import N_FRAMES, N_SAMPLES
 import weights
 from encoder.audio import SAMPLE_RATE, AudioError, load_audio, log_mel_spectrogram, windows
 from encoder.engine import Engine, EngineError
-from validation.metrics import max_abs, relative_l2
+from validation.metrics import EDGE, max_abs, relative_l2
 from validation.reference import float64_encoder, run_eager, run_float64, stock_encoder
 from weights import Checkpoint, WeightsError
-
-EDGE = 3  # frames at either end: a padded edge touches one of conv1's and one of conv2's
 
 
 @dataclass(frozen=True)

@@ -129,5 +129,5 @@ def own_output(
 ) -> Tensor:
     """`compute` in float64 on the taps that one side itself had: what that stage should have said,
     whatever went wrong before it."""
-    inputs = {name: taps[name].to(torch.float64) for name in (*stage.inputs, "mel") if name in taps}
+    inputs = {name: taps[name].to(torch.float64) for name in stage.inputs or ("mel",)}
     return compute(stage, inputs, tensors, n_head)

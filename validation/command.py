@@ -1,0 +1,285 @@
+"""`python -m validation parity`: files in, one report out, and an exit status that a script can use.
+
+0: the same function; 1: it is not; 2: the comparison could not be made, and a sentence says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from torch import Tensor
+from tqdm import tqdm
+
+import weights
+from decoder_bridge.model import stock_model
+from encoder.audio import AudioError, load_audio, require_file, windows
+from encoder.engine import EngineError
+from validation import golden, page, report
+from validation.candidates import Candidate, CandidateError, MaxCandidate, ran, resolve
+from validation.golden import Golden, GoldenError
+from validation.metrics import relative_l2
+from validation.parity import Measured, ParityError, golden_of, judge_window, sha256_of
+from validation.parity import report as build_report
+from validation.reference import Reference, ReferenceBroken
+from validation.semantic import semantic
+from weights import Checkpoint, WeightsError, expected_shapes
+
+PASSED, FAILED, CANNOT = 0, 1, 2
+
+EPILOG = """\
+candidates:
+  max                   the encoder of this package (default)
+  torch                 stock openai-whisper in PyTorch's fused attention
+  npz:FILE              taps that your port dumped: an .npz or .safetensors, tap name -> array
+  onnx:FILE             an ONNX model, mel in, features or named taps out (extra: peers)
+  module:PACKAGE:NAME   NAME(checkpoint) in an importable module gives a function of mel
+exit status: 0 the same function, 1 it is not, 2 the comparison could not be made
+
+example: python -m validation parity speech.flac --model tiny.en --html report.html
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m validation parity",
+        description="Compare an encoder with stock openai-whisper's, tap by tap.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("audio", nargs="*", help="audio files, in any format that FFmpeg reads")
+    add("--model", default="tiny", help="the reference's weights: a name, demo, a path (tiny)")
+    add("--candidate", default="max", help="what is compared, see below (max)")
+    add("--candidate-model", help="other weights for the candidate than the reference's")
+    add("--windows", type=int, help="only the first N 30 s windows of each file (all)")
+    add(
+        "--transcript",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="compare logits and transcripts too (where the checkpoint has a decoder)",
+    )
+    add("--truth", help="what is said: a text file; with one audio file")
+    add("--json", type=Path, help="write the report here")
+    add("--markdown", type=Path, help="write the report here, as Markdown")
+    add("--html", type=Path, help="write the report here, as one page with plots")
+    add("--save", type=Path, help="keep the reference's taps: a golden .safetensors")
+    add("--load", type=Path, help="compare with a golden instead of running the reference")
+    add("--fail-fast", action="store_true", help="stop at the first tap that fails")
+    add("--offline", action="store_true", help="never touch the network")
+    return parser
+
+
+def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 and one sentence on options that cannot hold together."""
+    if args.load is not None and (args.audio or args.save is not None):
+        parser.error("--load brings its own input: give neither audio files nor --save")
+    if args.load is None and not args.audio:
+        parser.error("give an audio file, or a golden with --load")
+    if args.load is not None and args.transcript:
+        parser.error("--transcript needs the audio, which a golden does not hold")
+    if args.windows is not None and args.windows < 1:
+        parser.error("--windows must be 1 or more")
+    if args.truth is not None and (len(args.audio) != 1 or args.transcript is False):
+        parser.error("--truth belongs to one audio file and to the transcript")
+    for path in (args.json, args.markdown, args.html, args.save):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{path} cannot be written: {path.parent} is no folder")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file: its samples, and its 30 s windows as both sides get them, (windows, n_mels, 3000),
+    of which `--windows` may have left some out."""
+
+    file: str
+    audio: np.ndarray
+    mel: Tensor
+
+
+def recordings(args: argparse.Namespace, n_mels: int) -> list[Recording]:
+    """Every file decoded once; all are looked for before any is decoded."""
+    for path in args.audio:
+        require_file(path)
+    found = []
+    for path in args.audio:
+        audio = load_audio(path)
+        mel = windows(audio, n_mels)
+        if len(mel) == 0:
+            raise ParityError(f"{path} holds no audio")
+        found.append(Recording(Path(path).name, audio, mel[: args.windows]))
+    return found
+
+
+def goldens(reference: Reference, found: list[Recording]) -> Iterator[Golden]:
+    """The reference's side of every window of every file, computed when it is asked for."""
+    for recording in found:
+        digest = sha256_of(recording.audio)
+        for i, window in enumerate(recording.mel):
+            yield golden_of(
+                reference, window[None], file=recording.file, window=i, audio_sha256=digest
+            )
+
+
+def text_of(path: str | None) -> str | None:
+    """The text in a file; a ParityError where it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ParityError(f"{path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ParityError(f"{path} is no UTF-8 text: {error.reason}") from error
+
+
+def transcripts(
+    checkpoint: Checkpoint, candidate: Candidate, found: list[Recording], args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """The semantic stage of every file: the worst of each figure over the files, and the files."""
+
+    def features(mel: Tensor) -> Tensor:
+        output = candidate.features(mel)
+        if output is None:
+            raise CandidateError(f"{candidate.name} gives no ln_post, so there is no transcript")
+        return output
+
+    model = stock_model(checkpoint)
+    truth = text_of(args.truth)
+    each = [
+        semantic(model, features, r.audio, truth, windows=args.windows).to_json() for r in found
+    ]
+    for recording, one in zip(found, each, strict=True):
+        one["file"] = recording.file
+    if len(each) == 1:
+        return each[0]
+    worst: dict[str, Any] = {"files": each}
+    for key in ("kl_mean", "kl_p99", "kl_max", "wer", "cer", "worst_rank"):
+        worst[key] = max((one[key] for one in each if one[key] is not None), default=None)
+    worst["same_top1"] = min(
+        (one["same_top1"] for one in each if one["same_top1"] is not None), default=None
+    )
+    worst["tokens_identical"] = all(one["tokens_identical"] for one in each)
+    return worst
+
+
+def wants_transcript(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
+    """On by default, where there is a decoder, the audio, and an encoder that takes any mel."""
+    if args.transcript is not None:
+        if args.transcript:
+            checkpoint.require_decoder()
+        return bool(args.transcript)
+    from_a_file = args.candidate.startswith("npz:")
+    return checkpoint.has_decoder and args.load is None and not from_a_file
+
+
+def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """The report of one run of the command; raises what `main` turns into a sentence."""
+    began = time.monotonic()
+    text_of(args.truth)  # a misspelt name is found out before the work
+    encoder_only = args.transcript is False or args.load is not None
+    checkpoint = weights.load(args.model, offline=args.offline, encoder_only=encoder_only)
+    other = None
+    if args.candidate_model is not None:
+        other = weights.load(args.candidate_model, offline=args.offline, encoder_only=True)
+        ours, theirs = (expected_shapes(c.dims, decoder=False) for c in (checkpoint, other))
+        if ours != theirs:
+            raise ParityError(
+                f"{args.candidate_model} has {other.dims.n_audio_layer} layers of "
+                f"{other.dims.n_audio_state}, {args.model} has {checkpoint.dims.n_audio_layer} of "
+                f"{checkpoint.dims.n_audio_state}: tensors of the same shapes are expected"
+            )
+    wanted = wants_transcript(args, checkpoint)
+    dims = checkpoint.dims
+    candidate = resolve(args.candidate, other or checkpoint)
+    reference = None
+    found: list[Recording] = []
+    if args.load is None:
+        found = recordings(args, dims.n_mels)
+        reference = Reference(checkpoint)
+        source: Iterator[Golden] = goldens(reference, found)
+        count = sum(len(recording.mel) for recording in found)
+    else:
+        saved = golden.load(args.load, checkpoint)
+        source, count = iter(saved.windows), len(saved.windows)
+
+    measured = Measured(dims)
+    tensors = {name: t.float() for name, t in checkpoint.encoder_tensors().items()}
+    kept: list[Golden] = []
+    observer = alive = proof = None
+    for one in tqdm(source, "windows", count, disable=not sys.stderr.isatty(), leave=False):
+        if alive is None and reference is not None:
+            alive = asdict(reference.check(one.mel, one.taps))
+        judged, taps = judge_window(candidate, one, tensors, dims, args.fail_fast)
+        measured.add(judged, taps, one, tensors)
+        if observer is None and not args.fail_fast:
+            features = candidate.features(one.mel)
+            if features is not None and "ln_post" in taps and isinstance(candidate, MaxCandidate):
+                observer = relative_l2(taps["ln_post"], features)
+            proof = ran(candidate, one.mel, features)
+        if args.save is not None:
+            kept.append(one)
+        if args.fail_fast and measured.first is not None:
+            break
+    if args.save is not None:
+        golden.save(args.save, golden.goldens_of(checkpoint, kept))
+    stopped = args.fail_fast and measured.first is not None
+    return build_report(
+        measured,
+        model=checkpoint,
+        candidate=candidate.name,
+        candidate_model=other,
+        observer=observer,
+        alive=alive,
+        ran=proof,
+        semantic=transcripts(checkpoint, candidate, found, args)
+        if wanted and not stopped
+        else None,
+        command=command,
+        began=began,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    check_usage(parser, args)
+    given = sys.argv[2:] if argv is None else argv
+    command = shlex.join(["python", "-m", "validation", "parity", *given])
+    try:
+        result = compare(args, command)
+        for path, text in (
+            (args.json, report.dumps),
+            (args.markdown, report.markdown),
+            (args.html, page.html),
+        ):
+            if path is not None:
+                report.write(path, text(result))
+    except (
+        AudioError,
+        WeightsError,
+        EngineError,
+        CandidateError,
+        GoldenError,
+        ParityError,
+        ReferenceBroken,
+    ) as error:
+        print(f"validation parity: {error}", file=sys.stderr)
+        return CANNOT
+    except OSError as error:
+        print(f"validation parity: {error.filename}: {error.strerror}", file=sys.stderr)
+        return CANNOT
+    report.terminal(result, Console())
+    return PASSED if result["verdict"] == "pass" else FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
