@@ -196,7 +196,8 @@ def file_line(name: str, taps: list[dict], worst: str, windows: int, verdict: st
 
 
 def several_files(report: dict) -> dict:
-    """`report` as if it were of three files, the last with a name of awkward characters."""
+    """`report` as if it were of three files, the last with a name of awkward characters; of the
+    semantic stage the worst, and each file's."""
     taps, worst = report["taps"], report["files"][0]["worst_tap"]
     names = ("jfk.flac", "silence.wav", "<b>|*odd*|</b> & `co`.flac")
     verdicts = (report["verdict"], "pass", report["verdict"])
@@ -204,6 +205,11 @@ def several_files(report: dict) -> dict:
         file_line(name, taps, worst, i + 1, verdict)
         for i, (name, verdict) in enumerate(zip(names, verdicts, strict=True))
     ]
+    one, kept = report["semantic"], ("kl_mean", "kl_p99", "kl_max", "wer", "cer", "same_top1")
+    report["semantic"] = {
+        "files": [{**one, "file": name} for name in names],
+        **{key: one[key] for key in (*kept, "tokens_identical")},
+    }
     return report
 
 

@@ -111,6 +111,25 @@ def test_the_transcript_in_one_sentence():
     assert reports.semantic_sentence(report) is None
 
 
+def test_the_transcripts_of_several_files():
+    report = several_files(sample_report("fail"))
+    assert "other tokens, WER 4.5 %" in str(reports.semantic_sentence(report))
+    said = dict(reports.texts(report["semantic"]))
+    assert list(said)[:3] == [
+        "reference, jfk.flac",
+        "candidate, jfk.flac",
+        "reference, silence.wav",
+    ]
+    assert "yellow" in said["candidate, jfk.flac"]
+    assert "yellow" not in said["reference, jfk.flac"]
+    report["semantic"]["files"][1]["candidate_failed"] = "3 values are NaN"
+    report["semantic"]["files"][1]["text"]["candidate"] = None
+    assert reports.semantic_sentence(report) == (
+        "transcript: the candidate has none: 3 values are NaN"
+    )
+    assert "| candidate, silence.wav | (no text) |" in reports.markdown(report)
+
+
 def test_the_tolerance_that_passes_is_rounded_up():
     report = sample_report()
     report["final"]["minimum_tolerance"] = 2.41e-6

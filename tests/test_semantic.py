@@ -33,6 +33,7 @@ from validation.semantic import (
     rank,
     semantic,
     summed_up,
+    teacher_forced,
     text_error,
     window_starts,
     with_encoder,
@@ -317,6 +318,20 @@ def test_divergence_is_that_of_the_decoders_logits(stock: whisper.Whisper, clip:
     assert found.rank == 1 + int((q > q[end[found.position]]).sum())
 
 
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.9])
+def test_choices_are_the_decoders_own(stock: whisper.Whisper, clip: np.ndarray, scale: float):
+    """Up to the first choice that differs, and no further, both sides decode the same tokens."""
+    with torch.no_grad():
+        reference = stock.encoder(windows(clip, 80))
+    sides = [reference, reference * scale]
+    same = [p.same_choice for p in teacher_forced(stock, sides, "en", timestamps=True)]
+    texts = [whisper.decode(stock, x, language="en", fp16=False)[0].tokens for x in sides]
+    eot = get_tokenizer(multilingual=False).eot
+    equal = [a == b for a, b in zip(*([*tokens, eot] for tokens in texts), strict=False)]
+    assert list(itertools.takewhile(bool, same)) == list(itertools.takewhile(bool, equal))
+    assert all(same) == (texts[0] == texts[1])
+
+
 def test_the_truth_is_measured_on_both_sides(same: Semantic):
     truth, heard = truth_of("demo.flac"), same.text["reference"].strip().lower()
     assert same.wer_truth_reference == pytest.approx(jiwer.wer(truth, heard))
@@ -361,6 +376,8 @@ def test_a_damaged_encoder_is_heard(stock: whisper.Whisper, clip: np.ndarray, da
     assert found.kl_mean > 0.5
     assert found.kl_mean <= found.kl_p99 <= found.kl_max
     assert found.same_top1 < 0.9
+    assert found.same_choice < 1
+    assert found.worst_rank > found.reference_worst_rank
     assert not found.tokens_identical
     normalize = EnglishTextNormalizer()
     texts = [normalize(found.text[side]).strip() for side in ("reference", "candidate")]

@@ -1,8 +1,8 @@
 """`python -m validation COMMAND`: is a Whisper encoder the same function as OpenAI's.
 
-    parity     compare a candidate with the stock encoder, tap by tap, down to the transcript
-    numbers    the encoder's output alone against stock, on a file, silence and noise
-    calibrate  the clean errors from which the limits of `parity` were set
+parity     compare a candidate with the stock encoder, tap by tap, down to the transcript
+numbers    the encoder's output alone against stock, on a file, silence and noise
+calibrate  the clean errors from which the limits of `parity` were set
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from encoder.engine import EngineError
 from validation.candidates import resolve
 from validation.inputs import inputs, varied
 from validation.limits import FREE_ABSOLUTE, FREE_MULTIPLE, OWN_ABSOLUTE, OWN_MULTIPLE
+from validation.metrics import relative_error
 from validation.parity import Judged, first_diverging, golden_of, judge_window, processor
 from validation.reference import Reference
 from validation.report import dumps, write
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     for (name, seed), audio in tqdm(runs.items(), disable=not sys.stderr.isatty()):
         mel = windows(audio, dims.n_mels)[:1]
         golden = golden_of(reference, mel, file=name)
-        judged, _ = judge_window(candidate, golden, tensors, dims, False)
+        judged, _ = judge_window(candidate, golden, tensors, dims, measure=relative_error)
         for j in judged:
             see_all(taps[j.stage.name], j, name)
         first = first_diverging(judged)
@@ -109,7 +109,6 @@ def main(argv: list[str] | None = None) -> int:
                 "ln_post": {
                     "free": final.free.relative_l2,
                     "floor": final.floor,
-                    "max_abs": final.free.max_abs,
                 },
             }
     over_all = Worst()

@@ -1,4 +1,4 @@
-"""`python -m validation parity`: files in, one report out, and an exit status that a script can use.
+"""`python -m validation parity`: files in, one report out, and an exit status for scripts.
 
 0: the same function; 1: it is not; 2: the comparison could not be made, and a sentence says why.
 """
@@ -277,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"validation parity: {error.filename}: {error.strerror}", file=sys.stderr)
         return CANNOT
-    report.terminal(result, Console())
+    # Into a pipe or a file: wide enough for every column of the table.
+    report.terminal(result, Console() if sys.stdout.isatty() else Console(width=110))
     return PASSED if result["verdict"] == "pass" else FAILED
 
 

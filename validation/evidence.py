@@ -24,10 +24,10 @@ def frames_first(name: str, tap: Tensor) -> Tensor:
 
 def distance(y: Tensor, prediction: Tensor) -> float:
     """Relative L2 of `y` to the prediction where that is not NaN (it says nothing there); inf where
-    it says nothing about half of `y`, or is zero."""
+    it speaks of less than a tenth of `y`, or is zero."""
     known = ~torch.isnan(prediction)
     norm = torch.linalg.vector_norm(torch.where(known, prediction, 0.0))
-    if norm == 0 or known.double().mean() < 0.5:
+    if norm == 0 or known.double().mean() < 0.1:
         return math.inf
     return float(torch.linalg.vector_norm(torch.where(known, y - prediction, 0.0)) / norm)
 

@@ -139,6 +139,7 @@ PHRASES = {
     "frames-renormalised": "each frame normalised once more ({how})",
     "transposed": "frames and channels exchanged",
     "output-rounded": "the output in {to}",
+    "low-precision": "arithmetic in {to}: each value is one, and the error is of its size",
     "other-tap": "`{tap}` in its place",
     "scaled": "a factor of {factor:.6g}",
     "scaled-and-offset": "a factor of {a:.6g} and a constant of {b:.6g}",
@@ -370,30 +371,31 @@ def _confirmed(c: Case, rules: list[Rule]) -> Iterator[tuple[Rule, Cause]]:
             yield rule, _cause(c.stage, rule.id, words, score, baseline)
 
 
+def _low_precision(c: Case) -> Cause | None:
+    """The one verdict without a prediction, and the last: a sum in 16 bits depends on its order.
+    Numbers that all have so few bits are no accident; the error must be a few roundings large."""
+    baseline = distance(c.y, c.expected)
+    for to in ("bfloat16", "float16"):  # most numbers of the first are of the second too
+        dtype = getattr(torch, to)
+        if torch.equal(c.y, h.rounded(c.y, to)) and baseline <= 8 * torch.finfo(dtype).eps:
+            score = distance(c.y, h.rounded(c.expected, to))
+            return _cause(c.stage, "low-precision", {"to": to}, score, baseline)
+    return None
+
+
 def _of_whole_block(c: Case, cause: Cause) -> Cause:
     """Another block's tensor at one stage: the whole block's, if all its other stages say so."""
-    block = c.block.removesuffix(".")
-    other = ".".join((cause.tensor or "").split(".")[:2])
-    if (
-        cause.id != "other-weights"
-        or not block
-        or not other.startswith("blocks.")
-        or other == block
-    ):
+    block, other = c.block.removesuffix("."), ".".join((cause.tensor or "").split(".")[:2])
+    if cause.id != "other-weights" or block in ("", other) or not other.startswith("blocks."):
         return cause
     fits = []
     for stage in stages(c.dims):
-        shown = all(n in c.candidate for n in (stage.name, *stage.inputs))
-        if (
-            stage.name.startswith(c.block)
-            and stage.name != c.stage.name
-            and stage.weights
-            and shown
-        ):
+        shown = all(name in c.candidate for name in (stage.name, *stage.inputs))
+        in_block = stage.name.startswith(c.block) and stage.name != c.stage.name
+        if in_block and shown and stage.weights:
             weights = tuple(name.replace(block, other) for name in stage.weights)
-            there = Case(
-                replace(stage, weights=weights), c.candidate, c.reference, c.tensors, c.dims
-            )
+            moved = replace(stage, weights=weights)
+            there = Case(moved, c.candidate, c.reference, c.tensors, c.dims)
             fits.append(distance(there.y, there.expected) <= max(NOISE, TIE * cause.score))
     if len(fits) < 2 or not all(fits):
         return cause
@@ -433,11 +435,10 @@ def explain_all(
         if not found:
             found = list(_confirmed(c, [rule for rule in rules if rule.rank == MATRIX]))
         if not found:
-            return []
-        least = min(cause.score for _, cause in found)
-        tied = [
-            (rule, cause) for rule, cause in found if cause.score <= max(TIE * least, STAGE_NOISE)
-        ]
+            last = _low_precision(c)
+            return [last] if last else []
+        equal = max(TIE * min(cause.score for _, cause in found), STAGE_NOISE)
+        tied = [(rule, cause) for rule, cause in found if cause.score <= equal]
         tied.sort(key=lambda pair: (pair[0].rank, RULES.index(pair[0]), pair[1].score))
         causes = [cause for _, cause in tied]
         others = [cause for _, cause in found if cause not in causes]

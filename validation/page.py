@@ -519,11 +519,11 @@ def pairs(rows: list[tuple[str, str]]) -> str:
 def transcript(found: Report) -> str:
     """Both texts and what was measured on them; the windows side by side."""
     said = "".join(
-        f"<h3>{esc(side)}</h3><blockquote>{esc(text or '(no text)')}</blockquote>"
+        f"<h3>{esc(side)}</h3><blockquote>{esc(text)}</blockquote>"
         for side, text in reports.texts(found)
     )
     rows = []
-    for w in found.get("windows", []):
+    for w in [w for one in reports.of_files(found) for w in one.get("windows", [])]:
         wer = "-" if w["wer"] is None else f"{100 * w['wer']:.3g}"
         cells = [number(f"{w['start']:.1f}", w["start"]), plain(text_of(w["identical"]))]
         cells += [number(wer, w["wer"]), *(plain(w[k], "text") for k in ("reference", "candidate"))]
@@ -563,7 +563,8 @@ def html(report: Report) -> str:
     drawing = svg(width, height, about(report), drawn, "group")
     parts = [
         '<h2>Error against depth</h2><p class="soft">Running freely, a tap inherits the errors '
-        "before it; one stage alone shows its own. A point leads to its line in the table.</p>"
+        "before it; one stage alone shows its own. What is zero lies on the axis. A point leads to "
+        "its line in the table.</p>"
         '<figure id="depth"><div class="scroll" '
         f'tabindex="0" role="region" aria-label="Error against depth">{drawing}</div></figure>'
     ]

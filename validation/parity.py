@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +34,7 @@ from validation.stages import Stage, own_output, stages
 from weights import Checkpoint
 
 Taps = dict[str, Tensor]
+Measure = Callable[[Tensor, Tensor, int], Error]
 SCATTER = 2000  # points of the worst tap in the report
 PACKAGES = ("max", "torch", "numpy", "openai-whisper", "safetensors", "jiwer")
 
@@ -110,6 +111,7 @@ def judge(
     tensors: Taps,
     dims: ModelDimensions,
     fail_fast: bool = False,
+    measure: Measure = error,
 ) -> list[Judged]:
     """Every tap that the candidate gave, in the order of computation; with `fail_fast` up to the
     first one that fails. Raises ParityError where a tap has another shape than the reference's."""
@@ -129,12 +131,12 @@ def judge(
             inputs = {"mel": golden.mel, **candidate}
             exact = own_output(stage, inputs, tensors, dims.n_audio_head)
             if bool(torch.isfinite(exact).all()) and bool(exact.any()):
-                own = error(candidate[name][0], exact[0], axis)
+                own = measure(candidate[name][0], exact[0], axis)
         judged.append(
             Judged(
                 stage,
-                error(candidate[name][0], golden.taps[name][0], axis),
-                error(injected[name][0], golden.taps[name][0], axis)
+                measure(candidate[name][0], golden.taps[name][0], axis),
+                measure(injected[name][0], golden.taps[name][0], axis)
                 if injected is not None and name in injected
                 else None,
                 own,
@@ -378,12 +380,17 @@ def report(
 
 
 def judge_window(
-    candidate: Candidate, golden: Golden, tensors: Taps, dims: ModelDimensions, fail_fast: bool
+    candidate: Candidate,
+    golden: Golden,
+    tensors: Taps,
+    dims: ModelDimensions,
+    fail_fast: bool = False,
+    measure: Measure = error,
 ) -> tuple[list[Judged], Taps]:
     """Run the candidate on one window and judge it: (verdicts, the candidate's taps)."""
     found = candidate.taps(golden.mel)
     injected = None if fail_fast else candidate.injected(golden.taps)
-    judged = judge(found, injected, golden, tensors, dims, fail_fast)
+    judged = judge(found, injected, golden, tensors, dims, fail_fast, measure)
     if not judged:
         raise ParityError(f"candidate {candidate.name} gave no tap that the encoder has")
     return [replace(j, file=golden.file, window=golden.window) for j in judged], found

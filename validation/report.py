@@ -139,8 +139,9 @@ def semantic_sentence(report: Report) -> str | None:
     found = report["semantic"]
     if found is None:
         return None
-    if failed := found.get("candidate_failed"):
-        return f"transcript: the candidate has none: {failed}"
+    for one in of_files(found):
+        if failed := one.get("candidate_failed"):
+            return f"transcript: the candidate has none: {failed}"
     said = (
         "transcript: the same tokens" if found["tokens_identical"] else "transcript: other tokens"
     )
@@ -184,9 +185,19 @@ def scalars(found: Report) -> list[tuple[str, str]]:
     return [(k, text_of(v)) for k, v in found.items() if isinstance(v, plain)]
 
 
-def texts(found: Report) -> list[tuple[str, str | None]]:
-    """The transcript of either side, as far as there is one."""
-    return list(found.get("text", {}).items())
+def of_files(found: Report) -> list[Report]:
+    """The semantic stage file by file: with several files it holds the worst of them, and them."""
+    return found.get("files") or [found]
+
+
+def texts(found: Report) -> list[tuple[str, str]]:
+    """The transcript of either side, of each file."""
+    sides = []
+    for one in of_files(found):
+        file = f", {one['file']}" if len(of_files(found)) > 1 else ""
+        for side, text in one.get("text", {}).items():
+            sides.append((f"{side}{file}", text.strip() if text else "(no text)"))
+    return sides
 
 
 def tap_row(tap: Tap, local: str) -> dict[str, str]:
@@ -213,7 +224,7 @@ def file_row(file: Report) -> dict[str, str]:
         "first diverging": file["first_diverging"] or "-",
         "final": figure(file["final_relative_l2"], "-"),
         "worst tap": file["worst_tap"] or "-",
-        "x limit": times(file["worst_ratio"]),
+        "x limit": times(file["worst_ratio"]) if file["worst_tap"] else "-",
     }
 
 
@@ -336,7 +347,7 @@ def markdown(report: Report) -> str:
         lines += ["## Files", "", *table([file_row(file) for file in report["files"]])]
     if report["semantic"] is not None:
         lines += ["## Transcript", "", *pairs(scalars(report["semantic"]))]
-        lines += pairs([(side, said or "-") for side, said in texts(report["semantic"])])
+        lines += pairs(texts(report["semantic"]))
     lines += ["## Provenance", "", *pairs(provenance(report))]
     runs = re.findall("`+", report["command"])
     fence = "`" * max(3, 1 + max(map(len, runs), default=0))
