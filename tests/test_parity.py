@@ -173,14 +173,12 @@ def test_13_and_14_the_transcript_is_judged_by_tokens_and_words(passed: dict):
     assert found["coverage"]["reference"] == found["coverage"]["candidate"]
 
 
-@pytest.mark.parametrize("fault", ["S07", "S14", "S16", "S22", "E21"])
+@pytest.mark.parametrize("fault", ["S14", "E21"])
 def test_17_a_damaged_checkpoint_is_diagnosed_through_max(
     fault: str, tmp_path: Path, demo_checkpoint: Checkpoint, capsys
 ):
     """Other weights bound to the compiled graph: located and named, exit status 1."""
     damaged = FAULTS[fault].damage(demo_checkpoint, None)
-    if FAULTS[fault].how != "weights":
-        pytest.skip("this fault is one of code, not of weights")
     tensors = {n: t for n, t in damaged.tensors.items() if n.startswith("encoder.")}
     export(replace(damaged, tensors=tensors), tmp_path / "damaged.safetensors")
     status, report = run(
@@ -196,21 +194,6 @@ def test_17_a_damaged_checkpoint_is_diagnosed_through_max(
         t["name"] for t in report["inputs"]["tensors"] if t["sha256"] != t["candidate_sha256"]
     ]
     assert differ
-
-
-@pytest.mark.parametrize("fault", sorted(FAULTS))
-def test_17_every_fault_is_located_and_named(
-    fault: str, golden: Golden, demo_checkpoint: Checkpoint, tensors
-):
-    measured = Measured(demo_checkpoint.dims)
-    judged, taps = judge_window(
-        Twin(demo_checkpoint, FAULTS[fault]), golden, tensors, demo_checkpoint.dims
-    )
-    measured.add(judged, taps, golden, tensors)
-    assert measured.first is not None
-    assert measured.first.stage.name == FAULTS[fault].diverges_at()
-    assert measured.cause is not None
-    assert measured.cause.id == FAULTS[fault].cause
 
 
 def test_17_a_right_twin_passes(golden: Golden, demo_checkpoint: Checkpoint, tensors):
@@ -396,10 +379,10 @@ class TestOnRealWeights:
         assert report["semantic"] is None  # no decoder
         assert report["final"]["free"]["relative_l2"] < 1e-5
 
-    @pytest.mark.parametrize("fault", ["S07", "S14", "S16", "E21"])
-    def test_faults_on_the_real_encoder(
-        self, fault: str, real_checkpoint: Checkpoint, jfk: Path, tmp_path: Path
+    def test_a_fault_on_the_real_encoder(
+        self, real_checkpoint: Checkpoint, jfk: Path, tmp_path: Path
     ):
+        fault = "S16"
         damaged = FAULTS[fault].damage(real_checkpoint, None)
         export(damaged, tmp_path / "damaged.safetensors")
         status, report = run(
