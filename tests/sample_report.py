@@ -122,7 +122,7 @@ def sample_report(verdict: str = "pass") -> dict[str, Any]:
     worst = taps[fault] if failed else max(taps[1:], key=lambda t: t["free"]["relative_l2"])
     cause = {
         "id": "missing_bias",
-        "sentence": f"`{FAULT}.bias` missing",
+        "sentence": f"{FAULT}: explained to 1e-6 by `{FAULT}.bias` missing",
         "tensor": f"{FAULT}.bias",
         "score": 1.1e-6,
         "baseline": 3.1e-2,

@@ -477,7 +477,7 @@ def test_the_table_tells_the_first_and_the_worst_tap(browser: Browser):
     assert browser.one("#taps tr.worst th").text == FAULT
     assert column(browser, "verdict").count("fail, first") == 1
     assert browser.one("h1").text == "Parity: fail"
-    assert browser.one(".lead").text.endswith(f"explained to 1.1e-6 by {FAULT}.bias missing")
+    assert browser.one(".lead").text.endswith(f"explained to 1e-6 by {FAULT}.bias missing")
     assert browser.one(".lead code").text == f"{FAULT}.bias"
 
 

@@ -28,7 +28,7 @@ from validation.candidates import MaxCandidate
 from validation.faults import FAULTS, Twin
 from validation.golden import Golden
 from validation.metrics import error
-from validation.parity import Judged, Measured, golden_of, judge, judge_window
+from validation.parity import Judged, golden_of, judge, judge_window
 from validation.reference import Reference
 from validation.stages import stages
 from weights import Checkpoint
@@ -251,7 +251,8 @@ def test_a_dump_of_some_taps_is_judged_by_those(
 ):
     taps = Twin(demo_checkpoint).taps(golden.mel)
     few = {name: taps[name] for name in ("conv1", "blocks.1", "ln_post")}
-    save_file({name: x[0].numpy() for name, x in few.items()}, tmp_path / "dump.safetensors")
+    contiguous = {name: np.ascontiguousarray(x[0].numpy()) for name, x in few.items()}
+    save_file(contiguous, tmp_path / "dump.safetensors")
     candidate = f"npz:{tmp_path / 'dump.safetensors'}"
     status, report = run(DEMO, "--model", "demo", "--candidate", candidate, report=tmp_path / "r")
     assert status == 0

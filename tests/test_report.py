@@ -68,7 +68,7 @@ def test_the_verdict_of_a_fail_names_the_tap_and_the_cause():
     tap = next(t for t in report["taps"] if t["name"] == FAULT)
     tap["limit"] = 1.2e-5
     said = f"fail: first differs at {FAULT} (3.1e-2, limit 1.2e-5): "
-    assert reports.sentence(report) == f"{said}explained to 1.1e-6 by `{FAULT}.bias` missing"
+    assert reports.sentence(report) == f"{said}explained to 1e-6 by `{FAULT}.bias` missing"
     report["cause"] = None
     assert reports.sentence(report) == f"{said}no cause in the table of fingerprints explains it"
 

@@ -130,7 +130,7 @@ def sentence(report: Report) -> str:
             error = f"{metrics['nonfinite']:,} values are not finite"
         said += f" ({'' if kind == 'free' else kind + ' '}{error}, limit {figure(limit)})"
     if cause := report["cause"]:
-        return f"{said}: explained to {figure(cause['score'])} by {cause['sentence']}"
+        return f"{said}: {cause['sentence'].removeprefix(f'{first}: ')}"
     return f"{said}: no cause in the table of fingerprints explains it"
 
 
