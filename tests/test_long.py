@@ -28,7 +28,7 @@ SECONDS = 161.5
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "beam": {"beam_size": 5},
-    "words": {"word_timestamps": True},
+    "word-times": {"word_timestamps": True},
     "greedy": {"temperature": 0.0},
     "unconditioned": {"condition_on_previous_text": False},
 }
@@ -116,9 +116,10 @@ def test_the_segments_are_stocks_in_words_and_times(both):
             assert x["word"] == y["word"]
             for edge in ("start", "end"):
                 assert x[edge] == pytest.approx(y[edge], abs=0.0201)
-    if "word_timestamps" in options:
+    if "word_timestamps" in options:  # a segment then ends where its last word is found to end
         assert sum(len(a["words"]) for a, _ in pairs) >= 100
-    assert ours.result["segments"][-1]["end"] >= SECONDS - 1.0  # nobody stopped before the end
+    else:
+        assert ours.result["segments"][-1]["end"] >= SECONDS - 1.0  # nobody stopped before the end
 
 
 def test_the_recording_is_heard_as_well_as_the_evaluation_says(both):

@@ -28,7 +28,7 @@ from validation.candidates import MaxCandidate
 from validation.faults import FAULTS, Twin
 from validation.golden import Golden
 from validation.metrics import error
-from validation.parity import Judged, golden_of, judge, judge_window
+from validation.parity import Judged, ParityError, golden_of, judge, judge_window
 from validation.reference import Reference
 from validation.stages import stages
 from weights import Checkpoint
@@ -142,7 +142,7 @@ def test_6_own_error_is_apart_from_inherited_error(golden: Golden, demo_checkpoi
     assert heir.own.relative_l2 < heir.injected_limit
 
 
-def test_9_edge_frames_are_judged_apart(golden: Golden, demo_checkpoint: Checkpoint):
+def test_9_edge_frames_are_measured_apart(golden: Golden, demo_checkpoint: Checkpoint):
     reference = golden.taps["conv1"]
     broken = reference.clone()
     broken[0, 0] += 1.0
@@ -201,20 +201,23 @@ def test_17_a_right_twin_passes(golden: Golden, demo_checkpoint: Checkpoint, ten
     assert all(j.passed for j in judged)
 
 
-def test_17_the_limits_keep_their_distance_from_the_calibration():
-    """At least 1.5 times the largest clean value; no false alarm in 200 runs and more."""
-    runs = 0
-    for path in sorted(DOCS.glob("parity-calibration-*.json")):
+def test_17_no_clean_run_of_the_calibration_is_over_two_thirds_of_a_limit():
+    """Of each tap the largest error and the largest multiple of its floor are known: where either
+    is that far below, no run of them can have been over. 200 runs and more, of two checkpoints."""
+    runs, files = 0, sorted((DOCS / "parity").glob("calibration-*.json"))
+    for path in files:
         found = json.loads(path.read_text())
-        assert found["false_alarms"] == []
-        assert found["limits"] == {
-            "free_multiple": limits.FREE_MULTIPLE,
-            "free_absolute": limits.FREE_ABSOLUTE,
-            "own_multiple": limits.OWN_MULTIPLE,
-            "own_absolute": limits.OWN_ABSOLUTE,
-        }
-        assert found["worst"]["values"]["ratio_to_limit"] <= 1 / 1.5
         runs += found["runs"]
+        for tap in found["taps"].values():
+            worst = tap["values"]
+            for kind, multiple, absolute in (
+                ("free", limits.FREE_MULTIPLE, limits.FREE_ABSOLUTE),
+                ("injected", limits.OWN_MULTIPLE, limits.OWN_ABSOLUTE),
+                ("own", limits.OWN_MULTIPLE, limits.OWN_ABSOLUTE),
+            ):
+                below = worst.get(f"{kind}_over_floor", 0) <= multiple / 1.5
+                assert below or worst[kind] <= absolute / 1.5
+    assert len(files) >= 2
     assert runs >= 200
 
 
@@ -325,6 +328,91 @@ def test_a_module_as_candidate(tmp_path: Path, monkeypatch):
     assert "blocks.2.attn.out.bias" in report["cause"]["sentence"]
 
 
+def port(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> str:
+    """An importable module with `text` in it, as a candidate."""
+    name = f"port_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    return f"module:{name}:encoder"
+
+
+def test_a_candidate_that_changes_weights_in_place_does_not_reach_the_reference(
+    tmp_path: Path, monkeypatch
+):
+    candidate = port(
+        tmp_path,
+        monkeypatch,
+        "from validation.reference import stock_encoder\n"
+        "def encoder(checkpoint):\n"
+        "    checkpoint.tensors['encoder.blocks.2.attn.out.bias'].zero_()\n"
+        "    return stock_encoder(checkpoint)\n",
+    )
+    status, report = run(
+        DEMO, "--model", "demo", "--candidate", candidate, "--no-transcript", report=tmp_path / "r"
+    )
+    assert status == 1
+    assert report["first_diverging"] == "blocks.2.attn.out"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    class Theirs(Exception): pass\n    raise Theirs('broken')\n",
+        "    import sys; sys.exit(0)\n",
+        "    return lambda mel: {'mel': mel}\n",
+    ],
+)
+def test_a_candidate_that_cannot_be_compared_is_a_sentence_and_status_2(
+    body: str, tmp_path: Path, monkeypatch, capsys
+):
+    candidate = port(tmp_path, monkeypatch, "def encoder(checkpoint):\n" + body)
+    assert main(["parity", DEMO, "--model", "demo", "--candidate", candidate]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_a_candidate_of_some_taps_has_no_transcript(tmp_path: Path, monkeypatch):
+    """By default the stage is left out; a pass says how far it can tell."""
+    candidate = port(
+        tmp_path,
+        monkeypatch,
+        "from validation.faults import Twin\n"
+        "def encoder(checkpoint):\n"
+        "    twin = Twin(checkpoint)\n"
+        "    return lambda mel: {n: x for n, x in twin.taps(mel).items() if n == 'conv2'}\n",
+    )
+    status, report = run(DEMO, "--model", "demo", "--candidate", candidate, report=tmp_path / "r")
+    assert status == 0
+    assert report["final"] is None
+    assert report["semantic"] is None
+
+
+def test_an_observer_that_changes_the_graph_gives_no_verdict(
+    monkeypatch, golden: Golden, demo_checkpoint: Checkpoint
+):
+    candidate = MaxCandidate(demo_checkpoint)
+    moved = golden.taps["ln_post"] * 1.001
+    monkeypatch.setattr(candidate, "tapped", lambda mel: {"ln_post": moved})
+    monkeypatch.setattr(candidate, "engine", lambda mel: golden.taps["ln_post"])
+    monkeypatch.setattr(command, "ran", lambda *a: {"perturbed": "x", "output_changed_by": 1.0})
+    with pytest.raises(ParityError, match="production"):
+        command.check_max(candidate, golden.mel)
+    monkeypatch.setattr(candidate, "tapped", lambda mel: golden.taps)
+    monkeypatch.setattr(command, "ran", lambda *a: {"perturbed": "x", "output_changed_by": 0.0})
+    with pytest.raises(ParityError, match="did MAX run"):
+        command.check_max(candidate, golden.mel)
+
+
+def test_an_interrupt_is_a_sentence(monkeypatch, capsys):
+    def interrupted(args, text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "compare", interrupted)
+    assert main(["parity", DEMO, "--model", "demo"]) == 130
+    assert capsys.readouterr().err == "validation parity: interrupted\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -338,6 +426,12 @@ def test_a_module_as_candidate(tmp_path: Path, monkeypatch):
         ([DEMO, "--load", "x", "--model", "demo"], "--load"),
         (["--model", "demo"], "audio"),
         ([DEMO, "--model", "demo", "--windows", "0"], "--windows"),
+        ([DEMO, "--candidate", "npz:x.npz", "--candidate-model", "demo"], "own weights"),
+        ([DEMO, "--candidate", "npz:x.npz", "--transcript"], "transcript"),
+        ([DEMO, "--truth", "x", "--windows", "1"], "--truth"),
+        ([DEMO, "--save", "x", "--fail-fast"], "--save"),
+        ([DEMO, "--json", "x", "--html", "x"], "twice"),
+        ([DEMO, "--json", "."], "folder"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence_and_status_2(arguments: list[str], said: str, capsys):

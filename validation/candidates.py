@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,22 +42,6 @@ from weights import Checkpoint
 
 KINDS = ("max", "torch", "npz:FILE", "onnx:FILE", "module:PACKAGE:NAME")
 PERTURBED = "blocks.0.mlp.0.bias"
-
-# What code that is not ours may raise. Its error becomes one sentence with the place; what is no
-# error of the code, such as an interrupt or memory that ran out, is left alone.
-FOREIGN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-)
 
 
 class CandidateError(Exception):
@@ -98,7 +83,9 @@ def resolve(spec: str, checkpoint: Checkpoint, device: str = "auto") -> Candidat
     if kind == "onnx" and rest:
         return OnnxCandidate(spec, Path(rest), checkpoint.dims)
     if kind == "module" and rest:
-        return ModuleCandidate(spec, checkpoint)
+        # Its own copy: code that folds or zeroes a tensor in place must not reach the reference.
+        tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+        return ModuleCandidate(spec, replace(checkpoint, tensors=tensors))
     raise CandidateError(f"candidate is {spec!r}, expected one of {', '.join(KINDS)}")
 
 
@@ -250,20 +237,20 @@ class FileCandidate:
         self.dims = dims
         self._found = in_order(read_taps(path), dims, path.name, several=True)
         counts = {name: len(x) for name, x in self._found.items()}
-        self._windows = max(counts.values())
+        self.windows = max(counts.values())
         if len(set(counts.values())) > 1:
             raise CandidateError(
                 f"{path.name}: the taps are of different numbers of windows: {counts}"
             )
-        if self._windows > 1 and "mel" not in self._found:
+        if self.windows > 1 and "mel" not in self._found:
             raise CandidateError(
-                f"{path.name} holds {self._windows} windows and no mel to tell them apart; add the "
+                f"{path.name} holds {self.windows} windows and no mel to tell them apart; add the "
                 "tap mel, or write one file a window"
             )
 
     def taps(self, mel: Tensor) -> Taps:
         at = 0
-        if self._windows > 1:
+        if self.windows > 1:
             distances = (self._found["mel"].double() - mel.double()).square().sum(dim=(1, 2))
             at = int(distances.argmin())
         return {name: x[at : at + 1] for name, x in self._found.items()}
@@ -436,17 +423,29 @@ def hooks(module: nn.Module, dims: ModelDimensions, found: Taps) -> Iterator[Non
             handle.remove()
 
 
-@contextmanager
-def foreign_errors(spec: str) -> Iterator[None]:
-    """What the user's code raises, as one sentence with the place where it was raised."""
-    try:
-        yield
-    except FOREIGN as error:
-        frames = traceback.extract_tb(error.__traceback__)
+class foreign_errors:
+    """What the user's code raises, of whatever class, and its `sys.exit`, as one sentence with the
+    place where it was raised. Ctrl-C goes through."""
+
+    def __init__(self, spec: str):
+        self.spec = spec
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not isinstance(error, Exception | SystemExit):
+            return
+        frames = traceback.extract_tb(trace)
         theirs = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
         place = f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno})" if theirs else ""
         raise CandidateError(
-            f"{spec} raised {type(error).__name__}: {first_line(error)}{place}"
+            f"{self.spec} raised {type(error).__name__}: {first_line(error)}{place}"
         ) from error
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import time
@@ -24,8 +25,16 @@ from decoder_bridge.model import stock_model
 from encoder.audio import AudioError, load_audio, require_file, windows
 from encoder.engine import EngineError
 from validation import golden, page, report
-from validation.candidates import Candidate, CandidateError, MaxCandidate, ran, resolve
+from validation.candidates import (
+    Candidate,
+    CandidateError,
+    FileCandidate,
+    MaxCandidate,
+    ran,
+    resolve,
+)
 from validation.golden import Golden, GoldenError
+from validation.limits import OBSERVER_LIMIT
 from validation.metrics import relative_l2
 from validation.parity import Measured, ParityError, golden_of, judge_window, sha256_of
 from validation.parity import report as build_report
@@ -33,7 +42,7 @@ from validation.reference import Reference, ReferenceBroken
 from validation.semantic import semantic
 from weights import Checkpoint, WeightsError, expected_shapes
 
-PASSED, FAILED, CANNOT = 0, 1, 2
+PASSED, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 130
 
 EPILOG = """\
 candidates:
@@ -71,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, help="write the report here")
     add("--markdown", type=Path, help="write the report here, as Markdown")
     add("--html", type=Path, help="write the report here, as one page with plots")
+    add("--svg", type=Path, help="write the plot of error against depth here, as a picture")
     add("--save", type=Path, help="keep the reference's taps: a golden .safetensors")
     add("--load", type=Path, help="compare with a golden instead of running the reference")
     add("--fail-fast", action="store_true", help="stop at the first tap that fails")
@@ -90,9 +100,24 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--windows must be 1 or more")
     if args.truth is not None and (len(args.audio) != 1 or args.transcript is False):
         parser.error("--truth belongs to one audio file and to the transcript")
-    for path in (args.json, args.markdown, args.html, args.save):
-        if path is not None and not path.parent.is_dir():
+    dumped = args.candidate.startswith("npz:")
+    if args.candidate_model is not None and (dumped or args.candidate.startswith("onnx:")):
+        parser.error(f"{args.candidate} has its own weights: --candidate-model has no effect on it")
+    if dumped and (args.transcript or args.truth is not None):
+        parser.error(f"{args.candidate} answers for its own windows, a transcript asks for others")
+    if args.truth is not None and args.windows is not None:
+        parser.error("--truth is what is said in the whole file: give it without --windows")
+    if args.save is not None and args.fail_fast:
+        parser.error("--save keeps every window: give it without --fail-fast")
+    outputs = [args.json, args.markdown, args.html, args.svg, args.save]
+    outputs = [path for path in outputs if path is not None]
+    for path in outputs:
+        if not path.parent.is_dir():
             parser.error(f"{path} cannot be written: {path.parent} is no folder")
+        if path.is_dir():
+            parser.error(f"{path} is a folder, a file is expected")
+        if outputs.count(path) > 1 or str(path) in [*args.audio, str(args.load)]:
+            parser.error(f"{path} is named twice")
 
 
 @dataclass(frozen=True)
@@ -154,9 +179,13 @@ def transcripts(
 
     model = stock_model(checkpoint)
     truth = text_of(args.truth)
-    each = [
-        semantic(model, features, r.audio, truth, windows=args.windows).to_json() for r in found
-    ]
+    each = []
+    for r in found:
+        try:
+            result = semantic(model, features, r.audio, truth, windows=args.windows)
+        except ValueError as error:
+            raise ParityError(f"{r.file}: {error}") from error
+        each.append(result.to_json())
     for recording, one in zip(found, each, strict=True):
         one["file"] = recording.file
     if len(each) == 1:
@@ -181,6 +210,22 @@ def wants_transcript(args: argparse.Namespace, checkpoint: Checkpoint) -> bool:
     return checkpoint.has_decoder and args.load is None and not from_a_file
 
 
+def check_max(candidate: MaxCandidate, mel: Tensor) -> tuple[float, dict[str, Any]]:
+    """Before anything is judged: the graph with taps against production, and the proof that MAX
+    ran. Raises ParityError where what would be judged is not what runs in production."""
+    features = candidate.features(mel)
+    observer = relative_l2(candidate.taps(mel)["ln_post"], features)
+    proof = ran(candidate, mel, features)
+    if observer > OBSERVER_LIMIT:
+        raise ParityError(
+            f"the graph with taps is {observer:.1e} from the production graph, at most "
+            f"{OBSERVER_LIMIT:.0e} is expected: its taps would say nothing about production"
+        )
+    if proof["output_changed_by"] == 0:
+        raise ParityError(f"the output does not change with {proof['perturbed']}: did MAX run?")
+    return observer, proof
+
+
 def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """The report of one run of the command; raises what `main` turns into a sentence."""
     began = time.monotonic()
@@ -191,58 +236,63 @@ def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
     if args.candidate_model is not None:
         other = weights.load(args.candidate_model, offline=args.offline, encoder_only=True)
         ours, theirs = (expected_shapes(c.dims, decoder=False) for c in (checkpoint, other))
-        if ours != theirs:
-            raise ParityError(
-                f"{args.candidate_model} has {other.dims.n_audio_layer} layers of "
-                f"{other.dims.n_audio_state}, {args.model} has {checkpoint.dims.n_audio_layer} of "
-                f"{checkpoint.dims.n_audio_state}: tensors of the same shapes are expected"
-            )
+        for name in ours | theirs:
+            if ours.get(name) != theirs.get(name):
+                raise ParityError(
+                    f"{name} has shape {theirs.get(name)} in {args.candidate_model} and "
+                    f"{ours.get(name)} in {args.model}: encoders of one size are expected"
+                )
     wanted = wants_transcript(args, checkpoint)
     dims = checkpoint.dims
+    reference = Reference(checkpoint) if args.load is None else None
     candidate = resolve(args.candidate, other or checkpoint)
-    reference = None
     found: list[Recording] = []
-    if args.load is None:
+    if reference is not None:
         found = recordings(args, dims.n_mels)
-        reference = Reference(checkpoint)
         source: Iterator[Golden] = goldens(reference, found)
         count = sum(len(recording.mel) for recording in found)
     else:
         saved = golden.load(args.load, checkpoint)
-        source, count = iter(saved.windows), len(saved.windows)
+        source, count = iter(saved.windows[: args.windows]), len(saved.windows[: args.windows])
+    if isinstance(candidate, FileCandidate) and count > candidate.windows:
+        raise ParityError(
+            f"{candidate.name} holds {candidate.windows} windows, {count} are asked for: --windows"
+        )
 
     measured = Measured(dims)
     tensors = {name: t.float() for name, t in checkpoint.encoder_tensors().items()}
     kept: list[Golden] = []
     observer = alive = proof = None
-    for one in tqdm(source, "windows", count, disable=not sys.stderr.isatty(), leave=False):
-        if alive is None and reference is not None:
+    final = False
+    for i, one in enumerate(
+        tqdm(source, "windows", count, disable=not sys.stderr.isatty(), leave=False)
+    ):
+        if i == 0 and reference is not None:
             alive = asdict(reference.check(one.mel, one.taps))
+        if i == 0 and isinstance(candidate, MaxCandidate):
+            observer, proof = check_max(candidate, one.mel)
         judged, taps = judge_window(candidate, one, tensors, dims, args.fail_fast)
+        final = final or "ln_post" in taps
         measured.add(judged, taps, one, tensors)
-        if observer is None and not args.fail_fast:
-            features = candidate.features(one.mel)
-            if features is not None and "ln_post" in taps and isinstance(candidate, MaxCandidate):
-                observer = relative_l2(taps["ln_post"], features)
-            proof = ran(candidate, one.mel, features)
         if args.save is not None:
             kept.append(one)
         if args.fail_fast and measured.first is not None:
             break
+    if args.transcript and not final:
+        raise CandidateError(f"{candidate.name} gives no ln_post, so there is no transcript")
+    wanted = wanted and final and not (args.fail_fast and measured.first is not None)
     if args.save is not None:
         golden.save(args.save, golden.goldens_of(checkpoint, kept))
-    stopped = args.fail_fast and measured.first is not None
     return build_report(
         measured,
         model=checkpoint,
         candidate=candidate.name,
         candidate_model=other,
+        bound=None if args.candidate.startswith(("npz:", "onnx:")) else other or checkpoint,
         observer=observer,
         alive=alive,
         ran=proof,
-        semantic=transcripts(checkpoint, candidate, found, args)
-        if wanted and not stopped
-        else None,
+        semantic=transcripts(checkpoint, candidate, found, args) if wanted else None,
         command=command,
         began=began,
     )
@@ -256,13 +306,17 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "validation", "parity", *given])
     try:
         result = compare(args, command)
+        # Into a pipe or a file: wide enough for every column of the table.
+        report.terminal(result, Console() if sys.stdout.isatty() else Console(width=110))
+        sys.stdout.flush()
         for path, text in (
             (args.json, report.dumps),
             (args.markdown, report.markdown),
             (args.html, page.html),
+            (args.svg, page.svg_depth),
         ):
             if path is not None:
-                report.write(path, text(result))
+                write(path, text(result))
     except (
         AudioError,
         WeightsError,
@@ -274,12 +328,22 @@ def main(argv: list[str] | None = None) -> int:
     ) as error:
         print(f"validation parity: {error}", file=sys.stderr)
         return CANNOT
-    except OSError as error:
-        print(f"validation parity: {error.filename}: {error.strerror}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("validation parity: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:  # of the terminal or the pipe
+        print(f"validation parity: the report cannot be printed: {error.strerror}", file=sys.stderr)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  else Python tries again as it ends
         return CANNOT
-    # Into a pipe or a file: wide enough for every column of the table.
-    report.terminal(result, Console() if sys.stdout.isatty() else Console(width=110))
     return PASSED if result["verdict"] == "pass" else FAILED
+
+
+def write(path: Path, text: str) -> None:
+    """`report.write`, with a sentence that names the file as it was asked for."""
+    try:
+        report.write(path, text)
+    except OSError as error:
+        raise ParityError(f"{path} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -99,6 +99,11 @@ def golden_of(reference: Reference, mel: Tensor, **where: Any) -> Golden:
     """The reference's side of one window, mel (1, n_mels, frames): two runs of the stock encoder,
     one of them in float64. `where`: the file, the window and the audio's SHA-256."""
     taps = reference.taps(mel)
+    for name, tap in taps.items():
+        if not bool(tap.any()):
+            raise ParityError(
+                f"the reference's {name} is zero everywhere: nothing compares with it"
+            )
     exact = floor(taps, reference.exact(mel))
     own = own_floor(taps, reference.tensors, reference.dims)
     return Golden(mel, taps, exact, own, **where)
@@ -333,6 +338,7 @@ def report(
     model: Checkpoint,
     candidate: str,
     candidate_model: Checkpoint | None,
+    bound: Checkpoint | None,
     observer: float | None,
     alive: dict[str, Any] | None,
     ran: dict[str, Any] | None,
@@ -340,7 +346,8 @@ def report(
     command: str,
     began: float,
 ) -> dict[str, Any]:
-    """The report, schema 1 (docs/parity.md)."""
+    """The report, schema 1 (docs/parity.md). `bound`: whose weights the candidate ran with; None
+    where it brought its own."""
     judged = [measured.taps[s.name] for s in stages(measured.dims) if s.name in measured.taps]
     first = measured.first
     passed = first is None and (semantic is None or semantic["tokens_identical"] is not False)
@@ -362,8 +369,8 @@ def report(
             "audio": joined_sha256([f["sha256"]["audio"] for f in files]),
             "mel": joined_sha256([f["sha256"]["mel"] for f in files]),
             "weights": model.source.sha256,
-            "candidate_weights": candidate_model.source.sha256 if candidate_model else None,
-            "tensors": tensor_table(model, candidate_model),
+            "candidate_weights": bound.source.sha256 if bound else None,
+            "tensors": tensor_table(model, bound),
         },
         "alive": alive,
         "ran": ran,
@@ -391,6 +398,6 @@ def judge_window(
     found = candidate.taps(golden.mel)
     injected = None if fail_fast else candidate.injected(golden.taps)
     judged = judge(found, injected, golden, tensors, dims, fail_fast, measure)
-    if not judged:
-        raise ParityError(f"candidate {candidate.name} gave no tap that the encoder has")
+    if all(j.stage.kind == "mel" for j in judged):
+        raise ParityError(f"{candidate.name} gives no tap but mel: there is nothing to compare")
     return [replace(j, file=golden.file, window=golden.window) for j in judged], found
