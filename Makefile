@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test check clean
+.PHONY: help install run parity test check clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -24,6 +24,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 run: $(INSTALLED) ## transcribe: make run AUDIO=speech.mp3 MODEL=tiny
 	@$(BIN)/python -m encoder.run --model '$(MODEL)' --verbose True $(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)'
+
+parity: $(INSTALLED) ## is the encoder OpenAI's, tap by tap: make parity AUDIO=speech.mp3 MODEL=tiny
+	@$(BIN)/python -m validation parity --model '$(MODEL)' '$(AUDIO)'
 
 test: check ## ruff, mypy and all tests
 	$(BIN)/python -m pytest

@@ -396,7 +396,7 @@ def judge_window(
 ) -> tuple[list[Judged], Taps]:
     """Run the candidate on one window and judge it: (verdicts, the candidate's taps)."""
     found = candidate.taps(golden.mel)
-    injected = None if fail_fast else candidate.injected(golden.taps)
+    injected = candidate.injected(golden.taps)
     judged = judge(found, injected, golden, tensors, dims, fail_fast, measure)
     if all(j.stage.kind == "mel" for j in judged):
         raise ParityError(f"{candidate.name} gives no tap but mel: there is nothing to compare")
