@@ -2,7 +2,7 @@
 
 A limit is the larger of a multiple of the noise floor at that tap, on that input, and an absolute
 one. Both were set from the calibration in docs/parity/calibration-*.json (`python -m validation
-calibrate`), and a test holds them against it: every clean error is at most two thirds of a limit.
+calibrate`), and a test holds them against it: every clean error is at most four fifths of a limit.
 """
 
 from __future__ import annotations
