@@ -6,6 +6,7 @@ another formula for some stages, or another way from the features to the text.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -26,6 +27,7 @@ Strength = float | str  # a number, or a word as "float16"
 
 ALL_LAYERS = None
 EARLIER_PORT = "nijaru/max-whisper, history"
+UNRECORDED = "no port on record"
 
 
 def not_run(stage: Stage, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -109,6 +111,12 @@ class Fault:
         changed = self.weights(given, _layers(checkpoint.dims, layer))
         changed = {f"encoder.{n}": t.float().contiguous() for n, t in changed.items()}
         return replace(checkpoint, tensors=checkpoint.tensors | changed)
+
+
+def seeded(*names: str) -> torch.Generator:
+    """Random numbers that depend on the names alone: the same in every process and on every run."""
+    digest = hashlib.sha256(" ".join(names).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def swept(strengths: Iterable[Strength], make: Callable[[Any], Fault]) -> list[Fault]:

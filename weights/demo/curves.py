@@ -3,7 +3,8 @@
     python -m weights.demo.curves --losses build/demo/run/losses.jsonl --out weights/demo/curves.svg
 
 Both losses of `weights.demo.train` over its steps, logarithmic: each row thin, a running mean bold.
-A step that a resumed run wrote again counts as it was written last.
+A step that a resumed run wrote again counts as it was written last; where the decoder did not learn
+there is no cross-entropy.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ CURVES = (  # key in a row, name, colour
 SMOOTH = 9  # rows on either side in the running mean
 TICKS = 1, 2, 5
 
+Row = dict[str, float | None]
 
-def read_losses(path: Path) -> list[dict[str, float]]:
+
+def read_losses(path: Path) -> list[Row]:
     """The rows of losses.jsonl in order of their steps, one for each; half a line is no row."""
     rows = {}
     for line in path.read_text().splitlines(keepends=True):
@@ -55,9 +58,9 @@ def loss_ticks(low: float, high: float) -> list[float]:
     return [t for t in all_ticks if first <= t <= last]
 
 
-def svg(rows: Sequence[dict[str, float]]) -> str:
+def svg(rows: Sequence[Row]) -> str:
     """The picture. ValueError without rows, or with a loss that is not above zero."""
-    values = [row[key] for row in rows for key, *_ in CURVES]
+    values = [v for row in rows for key, *_ in CURVES if (v := row[key]) is not None]
     if not values or not all(0 < v < math.inf for v in values):
         raise ValueError("every row needs losses above zero, and there must be one")
     last_step = int(rows[-1]["step"])
@@ -70,9 +73,9 @@ def svg(rows: Sequence[dict[str, float]]) -> str:
     def y(loss: float) -> float:
         return BOTTOM - (BOTTOM - TOP) * (math.log(loss) - low) / (high - low)
 
-    def line(values: Sequence[float], colour: str, style: str) -> str:
+    def line(steps: Sequence[float], values: Sequence[float], colour: str, style: str) -> str:
         points = " ".join(
-            f"{x(row['step']):.1f},{y(v):.1f}" for row, v in zip(rows, values, strict=True)
+            f"{x(step):.1f},{y(v):.1f}" for step, v in zip(steps, values, strict=True)
         )
         return f'<polyline points="{points}" fill="none" stroke="{colour}" {style}/>'
 
@@ -95,9 +98,10 @@ def svg(rows: Sequence[dict[str, float]]) -> str:
     parts.append(f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#555555"/>')
     parts.append(f'<text x="{RIGHT}" y="{HEIGHT - 10}" text-anchor="end">step</text>')
     for n, (key, name, colour) in enumerate(CURVES):
-        own = [row[key] for row in rows]
-        parts.append(line(own, colour, 'stroke-width="0.8" stroke-opacity="0.35"'))
-        parts.append(line(running_mean(own), colour, 'stroke-width="2"'))
+        known = [(row["step"], v) for row in rows if (v := row[key]) is not None]
+        steps, own = [s for s, _ in known], [v for _, v in known]
+        parts.append(line(steps, own, colour, 'stroke-width="0.8" stroke-opacity="0.35"'))
+        parts.append(line(steps, running_mean(own), colour, 'stroke-width="2"'))
         at = LEFT + 220 * n
         parts.append(f'<path d="M{at} 18h22" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{at + 28}" y="22">{name}</text>')

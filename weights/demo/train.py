@@ -34,7 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from whisper.audio import log_mel_spectrogram
+from whisper.audio import HOP_LENGTH, log_mel_spectrogram
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import Tokenizer, get_tokenizer
 
@@ -51,14 +51,15 @@ CTC_WEIGHT = 0.3
 PEAK_LR = 8e-4
 WARMUP = 200  # steps
 WINDOW = 30.0  # seconds, Whisper's own
-# The curriculum: (up to this step, ((seconds, windows a batch, share of the steps), ...)), batches
-# of about a minute of audio. The decoder learns where to look on one word or two; only then does it
-# find its way through thirty seconds.
+# The curriculum: (up to this step, whether the decoder learns too, ((seconds, windows a batch,
+# share of the steps), ...)), batches of about a minute of audio. The encoder learns to hear by CTC
+# alone; the decoder then learns where to look on a few words, and only then to find its way
+# through thirty seconds.
 CURRICULUM = (
-    (900, ((1.3, 40, 0.6), (2.8, 22, 0.4))),
-    (1500, ((1.3, 40, 0.1), (2.8, 22, 0.4), (4.6, 14, 0.35), (8.0, 8, 0.15))),
-    (2200, ((2.8, 22, 0.1), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2), (WINDOW, 2, 0.1))),
-    (math.inf, ((4.6, 14, 0.1), (8.0, 8, 0.15), (15.0, 4, 0.25), (WINDOW, 2, 0.5))),
+    (1500, False, ((2.8, 22, 0.35), (4.6, 14, 0.35), (15.0, 4, 0.15), (WINDOW, 2, 0.15))),
+    (2100, True, ((1.3, 40, 0.4), (2.8, 22, 0.4), (4.6, 14, 0.2))),
+    (2600, True, ((2.8, 22, 0.1), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2), (WINDOW, 2, 0.1))),
+    (math.inf, True, ((4.6, 14, 0.1), (8.0, 8, 0.15), (15.0, 4, 0.25), (WINDOW, 2, 0.5))),
 )
 MAX_INITIAL_TIMESTAMP = 1.0  # seconds: stock decoding never begins a window with a later one
 MAX_PROMPT = 223  # tokens: n_text_ctx // 2 - 1, what stock decoding keeps
@@ -108,13 +109,25 @@ class Corpus:
 @dataclass(frozen=True)
 class Window:
     """One training window. `sentences` are whole ones as (text, start s, end s); `cut` is the
-    start of a last one that the window's end cuts, and `cut_text` what is heard of it, about.
+    start of a last one that the window's end cuts, and `cut_text` what is heard of it, about;
+    `end` is where the recording ends in it, in seconds, if it does.
     """
 
     samples: np.ndarray
     sentences: list[tuple[str, float, float]]
     cut: float | None = None
     cut_text: str = ""
+    end: float | None = None
+
+    def mel(self, rng: random.Random) -> Tensor:
+        """(80, frames) as `whisper.transcribe` gives a window to the encoder: after the recording's
+        end 0.0, not silence, and in some a floor that comes from a louder part of the file."""
+        mel = log_mel_spectrogram(self.samples)
+        if rng.random() < 0.3:
+            mel = mel.clamp(min=float(mel.min()) + rng.uniform(0.0, 0.5))
+        if self.end is not None:
+            mel[:, round(self.end * SAMPLE_RATE) // HOP_LENGTH :] = 0.0
+        return mel
 
 
 def reverberation(samples: np.ndarray, rng: random.Random) -> np.ndarray:
@@ -213,7 +226,14 @@ def compose(corpus: Corpus, rng: random.Random, seconds: float) -> Window:
         noise = noise_of(kind, len(samples), rng.getrandbits(63), corpus)
         samples = samples + noise * math.sqrt(power) * 10 ** (-snr / 20)
     peak = float(np.abs(samples).max()) or 1.0
-    return Window((samples * (gain / peak)).astype(np.float32), sentences, cut, cut_text)
+    ends = not full and rng.random() < 0.7  # the others go on in silence or noise
+    return Window(
+        (samples * (gain / peak)).astype(np.float32),
+        sentences,
+        cut,
+        cut_text,
+        end=room if ends else None,
+    )
 
 
 def stamped(sentences: list[tuple[str, float, float]], tokenizer: Tokenizer) -> list[int]:
@@ -278,6 +298,7 @@ class Batch:
     targets: Tensor
     characters: Tensor
     character_lengths: Tensor
+    decoder: bool
 
 
 class Batches:
@@ -289,7 +310,7 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"batch/{self.seed}/{step}")
-        lengths = next(lengths for until, lengths in CURRICULUM if step < until)
+        decoder, lengths = next(then for until, *then in CURRICULUM if step < until)
         seconds, size, _ = rng.choices(lengths, [share for *_, share in lengths])[0]
         windows = [compose(self.corpus, rng, seconds) for _ in range(size)]
         tokens, targets = [], []
@@ -306,11 +327,12 @@ class Batches:
         characters = [[1 + CTC_ALPHABET.index(c) for c in text.lower()] for text in texts]
         pad = nn.utils.rnn.pad_sequence
         return Batch(
-            torch.stack([log_mel_spectrogram(w.samples) for w in windows]),
+            torch.stack([w.mel(rng) for w in windows]),
             pad(tokens, batch_first=True, padding_value=0),
             pad(targets, batch_first=True, padding_value=IGNORED),
             torch.tensor([c for row in characters for c in row]),
             torch.tensor([len(row) for row in characters]),
+            decoder,
         )
 
 
@@ -327,17 +349,20 @@ class Trainee(nn.Module):
         self.log_unused = math.log(DIMS.n_vocab - n_used)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(cross-entropy, CTC), means over tokens and over characters."""
+        """(cross-entropy, CTC), means over tokens and over characters; of a batch that the decoder
+        does not learn from the cross-entropy is 0."""
         encoder = self.whisper.encoder
         frames = batch.mel.shape[-1] // 2
         encoder.positional_embedding = self.positions[:frames]
         features = encoder(batch.mel)
         encoder.positional_embedding = self.positions  # whole again, for the checkpoint
-        logits = self.whisper.decoder(batch.tokens, features).float()
-        logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
-        cross_entropy = F.cross_entropy(
-            logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED
-        )
+        cross_entropy = torch.zeros(())
+        if batch.decoder:
+            logits = self.whisper.decoder(batch.tokens, features).float()
+            logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
+            cross_entropy = F.cross_entropy(
+                logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED
+            )
         log_probs = self.ctc(features).float().log_softmax(-1).transpose(0, 1)
         lengths = torch.full((batch.mel.shape[0],), frames)
         ctc = F.ctc_loss(
@@ -425,14 +450,17 @@ def main(argv: list[str] | None = None) -> int:
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            losses.append((cross_entropy.item(), ctc.item()))
+            losses.append((cross_entropy.item() if batch.decoder else None, ctc.item()))
             if (step + 1) % 20 == 0:
-                mean = np.mean(losses, axis=0)
-                row = {"step": step + 1, "cross_entropy": mean[0], "ctc": mean[1],
-                       "seconds": time.monotonic() - began}  # fmt: skip
+                row = {"step": step + 1, "seconds": round(time.monotonic() - began, 1)}
+                for name, values in zip(
+                    ("cross_entropy", "ctc"), zip(*losses, strict=True), strict=True
+                ):
+                    known = [v for v in values if v is not None]
+                    row[name] = round(sum(known) / len(known), 4) if known else None
                 log.write(json.dumps(row) + "\n")
                 log.flush()
-                print({k: round(float(v), 3) for k, v in row.items()}, file=sys.stderr)
+                print(row, file=sys.stderr)
                 losses.clear()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 state = {
