@@ -3,6 +3,7 @@
 parity     compare a candidate with the stock encoder, tap by tap, down to the transcript
 numbers    the encoder's output alone against stock, on a file, silence and noise
 calibrate  the clean errors from which the limits of `parity` were set
+faults     what each mistake of other ports costs, and whether parity sees and names it
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ COMMANDS = {
     "parity": "validation.command",
     "numbers": "validation.numbers",
     "calibrate": "validation.calibrate",
+    "faults": "validation.bench",
 }
 
 

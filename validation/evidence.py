@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from whisper.model import ModelDimensions
@@ -25,6 +26,9 @@ def frames_first(name: str, tap: Tensor) -> Tensor:
 def distance(y: Tensor, prediction: Tensor) -> float:
     """Relative L2 of `y` to the prediction where that is not NaN (it says nothing there); inf where
     it speaks of less than a tenth of `y`, or is zero."""
+    if prediction.numel() and not prediction.sum().isnan():  # no NaN: the same, quicker
+        norm = torch.linalg.vector_norm(prediction)
+        return float(torch.linalg.vector_norm(y - prediction) / norm) if norm else math.inf
     known = ~torch.isnan(prediction)
     norm = torch.linalg.vector_norm(torch.where(known, prediction, 0.0))
     if norm == 0 or known.double().mean() < 0.1:
@@ -36,14 +40,22 @@ class Case:
     """One stage with both sides' taps (B = 1), in float64, mel too as (frames, channels).
 
     Inputs are the candidate's own where it shows them, else the reference's. `rows` restricts the
-    case to some frames of the stage's output; `whole` is the case with all of them.
+    case to some frames of the stage's output; `whole` is the case with all of them. `audio`: the
+    samples (at 16 kHz) of which the reference's mel was made, where they are known.
     """
 
     def __init__(
-        self, stage: Stage, candidate: Taps, reference: Taps, tensors: Taps, dims: ModelDimensions
+        self,
+        stage: Stage,
+        candidate: Taps,
+        reference: Taps,
+        tensors: Taps,
+        dims: ModelDimensions,
+        audio: Tensor | np.ndarray | None = None,
     ):
         self.stage, self.dims, self.n_head = stage, dims, dims.n_audio_head
         self.candidate, self.reference, self.tensors = candidate, reference, tensors
+        self.audio = None if audio is None else torch.as_tensor(audio).detach().double()
         self.rows: Tensor | None = None
         self.whole = self
         self._cache: dict[str, Tensor] = {}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -26,6 +27,7 @@ from validation.stages import Stage, stages
 
 FACTOR = 20.0  # the error must fall by this much; noise and neighbouring mistakes fall by 1 to 3
 ROUGH = 2e-2  # and to this: a candidate in bfloat16 has errors of 1e-2 beside its mistake
+HOPELESS = 0.1  # a score that no limit allows
 # Float32 noise of one stage on its own inputs: 2e-8 to 8e-7 (tiny.en and demo, every stage). Below
 # it there is nothing to explain, and scores are equal.
 STAGE_NOISE = 1e-6
@@ -33,6 +35,7 @@ STAGE_NOISE = 1e-6
 # fits numbers to each channel has to get down to it: large channels would let it follow others.
 NOISE = 2e-5
 TIE = 3.0  # scores within this factor are equal too; of equals the simpler hypothesis wins
+SAME_AUDIO = 1e-4  # of the reference's mel to that of the samples, in float64; float32 leaves 2e-6
 MOST_CONFIRMED = 8  # hypotheses that pass on some frames and are tried on all
 
 # Ranks, simplest first: one prediction; one found among many; a fitted number or two; a number
@@ -63,6 +66,23 @@ PHRASES = {
     "mel-bins-reversed": "the mel bins in reverse order",
     "mel-zero-padding": "0.0 in place of silence after the audio",
     "mel-floor": "another floor under the logarithm",
+    # mel, where the samples are known
+    "mel-window": "a {window} window in place of a periodic Hann window",
+    "mel-edges": "{edge} in place of reflection at the ends of the samples",
+    "mel-magnitude": "the magnitude in place of the power",
+    "mel-bins-doubled": "mirrored FFT bins added to their twins",
+    "mel-htk": "the HTK mel scale in place of Slaney's{also}",
+    "mel-norm-missing": "mel filters without Slaney's norm",
+    "mel-filter-count": "the first bins of {of}",
+    "mel-added": "{added:g} added under the logarithm in place of a clamp at 1e-10",
+    "mel-last-frame": "the STFT's last frame kept before the maximum is taken",
+    "mel-silence-padding": "silence in place of 0.0 after the audio",
+    "mel-librosa-defaults": "librosa's defaults, 2048 samples every 512 (edges: {edge}), in dB",
+    "mel-z-score": "each bin brought to mean 0 and standard deviation 1{also}",
+    "mel-samples-scaled": "the samples times {times}",
+    "mel-resampled": "linear resampling from {rate} Hz",
+    "mel-one-channel": "one channel of two: twice the samples in {heard} of {frames} frames,"
+    " silence in the others",
     # conv
     "conv-middle-tap": "the middle tap of each kernel alone",
     "conv-outer-tap": "tap {tap} of each kernel alone, under input frame {at} of 0, 1, 2",
@@ -179,8 +199,63 @@ _STORED = each("to", "float16", "bfloat16", "tf32", "int8 per tensor", "int8 per
 _FLOATS = each("to", "float16", "bfloat16", "tf32")
 _ORDERS = each("order", *("kqv", "qvk", "vkq", "kvq", "vqk"))
 
+_ADDED = each("added", 1e-10, 1e-8, 1e-6, 1e-5)
+_LOGS_OF_SAMPLES = [
+    {"added": added, "floor": floor, "scaled": scaled}
+    for added, floor in ((0.0, True), (0.0, False), (1e-10, False), (1e-8, False), (1e-6, False))
+    for scaled in ("kept", "missing")
+]
+_HTK = {"scale": "HTK", "norm": False, "also": " and no norm"}
+_FACTORS = [
+    {"factor": 32768 / 32767, "times": "32768/32767"},
+    {"factor": 32767 / 32768, "times": "32767/32768"},
+    {"factor": 32768.0, "times": "32768, as in int16"},
+    {"factor": 1 / 32768, "times": "1/32768"},
+    {"factor": 2.0, "times": "2"},
+    {"factor": 0.5, "times": "1/2"},
+]
+
 _table(
     "mel",
+    (
+        "mel-window",
+        h.with_recipe,
+        h.if_samples(each("window", "symmetric Hann", "Hamming", "rectangular")),
+    ),
+    ("mel-edges", h.with_recipe, h.if_samples(each("edge", "zeros"))),
+    ("mel-magnitude", lambda c: h.with_recipe(c, exponent=1), h.if_samples([{}])),
+    ("mel-bins-doubled", lambda c: h.with_recipe(c, doubled=True), h.if_samples([{}])),
+    (
+        "mel-htk",
+        h.with_recipe,
+        h.if_samples(
+            [{"scale": "HTK"}, _HTK, _HTK | {"whole_bins": True, "also": " at whole FFT bins"}]
+        ),
+    ),
+    ("mel-norm-missing", lambda c: h.with_recipe(c, norm=False), h.if_samples([{}])),
+    ("mel-filter-count", h.first_filters, h.with_more_filters),
+    ("mel-added", h.added_under_log, h.if_samples(_ADDED)),
+    ("mel-natural-log", h.natural_log_of_samples, h.if_samples(_LOGS_OF_SAMPLES)),
+    ("mel-decibel", h.decibels_of_samples, h.if_samples([{}])),
+    ("mel-librosa-defaults", h.librosa_defaults, h.if_samples(each("edge", "zeros", "reflection"))),
+    (
+        "mel-z-score",
+        h.z_scores,
+        h.if_samples(
+            each("also", "", ", of a symmetric window and HTK filters at whole bins without norm")
+        ),
+    ),
+    ("mel-last-frame", h.last_frame_kept, h.reaching_the_end),
+    ("mel-silence-padding", h.silence_padding, h.if_samples([{}])),
+    ("frames-cut", h.first_frames, h.frames_left_out),
+    ("mel-floor", h.floor_of_candidate, h.if_samples([{}])),
+    ("mel-samples-scaled", h.scaled_samples, h.if_samples(_FACTORS)),
+    (
+        "mel-resampled",
+        h.resampled,
+        h.if_samples(each("rate", 8000, 11025, 22050, 24000, 44100)),
+    ),
+    ("mel-one-channel", h.channel, h.one_channel),
     ("mel-unscaled", h.log10_power),
     ("mel-natural-log", h.natural_log, _LOGS),
     ("mel-decibel", lambda c: 40 * (c.expected - c.expected.max())),
@@ -342,10 +417,14 @@ def _some_frames(c: Case) -> Tensor:
 
 
 def _measure(rule: Rule, option: Option, c: Case) -> tuple[float, float]:
-    """Score and baseline, both over the elements that the hypothesis says something about."""
+    """Score and baseline, both over the elements that the hypothesis says something about; where
+    the score is hopeless the baseline is not measured."""
     prediction = rule.predict(c, **option)
+    score = distance(c.y, prediction)
+    if score > HOPELESS:
+        return score, math.nan
     expected = torch.where(torch.isnan(prediction), math.nan, c.expected)
-    return distance(c.y, prediction), distance(c.y, expected)
+    return score, distance(c.y, expected)
 
 
 def _explains(rule: Rule, score: float, baseline: float, slack: float = 1.0) -> bool:
@@ -403,8 +482,22 @@ def _of_whole_block(c: Case, cause: Cause) -> Cause:
     return _cause(c.stage, "block-other-weights", words, cause.score, cause.baseline)
 
 
+def _require_samples(c: Case) -> None:
+    off = distance(c.expected, h.right_mel(c)) if h.samples(c).ndim == 1 else math.inf
+    if not off <= SAME_AUDIO:
+        raise ValueError(
+            f"the samples, {tuple(h.samples(c).shape)}, do not give the reference's mel: "
+            f"relative L2 {off:.0e}"
+        )
+
+
 def explain_all(
-    stage: Stage, candidate: Taps, reference: Taps, tensors: Taps, dims: ModelDimensions
+    stage: Stage,
+    candidate: Taps,
+    reference: Taps,
+    tensors: Taps,
+    dims: ModelDimensions,
+    audio: Tensor | np.ndarray | None = None,
 ) -> list[Cause]:
     """Every cause that explains the candidate's tap of `stage`, the best first; none for noise.
 
@@ -412,8 +505,11 @@ def explain_all(
     candidate  its taps by name, as many as it shows, each of one window (B = 1)
     reference  the reference's taps of the same window
     tensors    the REFERENCE's encoder tensors, without "encoder."
+    audio      the samples (at 16 kHz) of which `encoder.audio.windows` made the reference's mel, in
+               its first window: with them a wrong mel is explained by what was done to them
     The best is the simplest of those whose score equals the smallest. Raises ValueError
-    where the candidate or the reference has no such tap, or more than one window.
+    where the candidate or the reference has no such tap, or more than one window, and where the
+    samples do not give the reference's mel.
     """
     for side, taps in (("candidate", candidate), ("reference", reference)):
         if stage.name not in taps:
@@ -426,9 +522,11 @@ def explain_all(
             return [glance]
         if candidate[stage.name].shape != reference[stage.name].shape:
             return []
-        c = Case(stage, candidate, reference, tensors, dims)
+        c = Case(stage, candidate, reference, tensors, dims, audio)
         if not torch.isfinite(c.y).all() or distance(c.y, c.expected) <= STAGE_NOISE:
             return []
+        if stage.kind == "mel" and audio is not None:
+            _require_samples(c)
         kinds = ("any", stage.kind) if c.has_inputs else ("any",)
         rules = [rule for rule in RULES if rule.kind in kinds]
         found = list(_confirmed(c, [rule for rule in rules if rule.rank < MATRIX]))
@@ -447,8 +545,13 @@ def explain_all(
 
 
 def explain(
-    stage: Stage, candidate: Taps, reference: Taps, tensors: Taps, dims: ModelDimensions
+    stage: Stage,
+    candidate: Taps,
+    reference: Taps,
+    tensors: Taps,
+    dims: ModelDimensions,
+    audio: Tensor | np.ndarray | None = None,
 ) -> Cause | None:
     """The cause that explains the candidate's tap of `stage`, or None; see `explain_all`."""
-    causes = explain_all(stage, candidate, reference, tensors, dims)
+    causes = explain_all(stage, candidate, reference, tensors, dims, audio)
     return causes[0] if causes else None

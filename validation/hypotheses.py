@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from whisper.audio import HOP_LENGTH
 
+from validation import frontend
 from validation.evidence import Case, distance
+from validation.frontend import WHISPER, Recipe
 from validation.stages import LAYER_NORM_EPSILON, attend, compute, heads, stages
 
 PADDINGS = ("repeated", "reflected")
+# Elements of a mel that float32 cannot tell apart: within so many times its noise of both sides.
+# Twice the factor by which an error must fall, so that noise alone does not keep it from falling.
+COVERED = 40.0
+FAR = 0.1  # too far for float32's noise to matter
 CLOSE = 2e-2  # how near a tensor has to be to be worth a prediction with all frames
 
 Option = dict[str, Any]
@@ -59,6 +67,199 @@ def other_floor(c: Case) -> Tensor:
     if c.y.min() >= lowest:
         return c.expected.clamp(min=float(c.y.min()))
     return torch.where(above_floor(c), c.expected, c.y.clamp(max=lowest))
+
+
+# ---- mel, where the samples are known: the whole wrong mel, computed from them
+
+
+def if_samples(options: list[Option]) -> Callable[[Case], list[Option]]:
+    return lambda c: options if c.audio is not None else []
+
+
+def samples(c: Case) -> Tensor:
+    assert c.audio is not None  # `if_samples`
+    return c.audio
+
+
+def content(c: Case) -> int:
+    """The frames that the audio fills; all after them are 0.0."""
+    return min(len(samples(c)) // HOP_LENGTH, len(c.whole.y))
+
+
+def filled(c: Case, log: Tensor, after: float = 0.0, frames: int | None = None) -> Tensor:
+    """The first frames of `log`, by default those of the audio, and `after` in all others."""
+    n = min(content(c) if frames is None else frames, len(log), len(c.whole.y))
+    return torch.cat([log[:n], torch.full_like(c.whole.y[n:], after)])
+
+
+def spectrogram(c: Case, recipe: Recipe = WHISPER) -> Tensor:
+    """(frames, bins) of the audio and some silence, with the frames that see only its end."""
+    alike = replace(recipe, scale=WHISPER.scale, norm=WHISPER.norm, whole_bins=False)
+    audio = frontend.silence_after(samples(c), recipe.n_fft)
+    return c.once(f"spectrogram {alike}", lambda: frontend.spectrogram(audio, recipe))
+
+
+def mel_power(c: Case, recipe: Recipe = WHISPER) -> Tensor:
+    """(frames, n_mels) of the same frames."""
+    return c.once(
+        f"mel power {recipe}",
+        lambda: spectrogram(c, recipe) @ frontend.filters(recipe, c.whole.y.shape[1]).T,
+    )
+
+
+def right_mel(c: Case) -> Tensor:
+    """What the reference computes, in float64."""
+    return c.once("right mel", lambda: filled(c, frontend.scaled(frontend.log10(mel_power(c)))))
+
+
+def mel_noise(c: Case) -> Tensor:
+    def make() -> Tensor:
+        bank = frontend.filters(WHISPER, c.whole.y.shape[1])
+        return filled(c, frontend.float32_noise(spectrogram(c), mel_power(c), bank))
+
+    return c.once("mel noise", make)
+
+
+def told(c: Case, predicted: Tensor) -> Tensor:
+    """The prediction, as far as float32 can be held against it: the reference's own value where the
+    mistake changes nothing; nothing said where the candidate is as near to the one as to the other
+    in terms of float32's noise."""
+    if distance(c.y, predicted) > FAR:
+        return predicted
+    same = (predicted - right_mel(c)).abs() <= 1e-8
+    predicted = torch.where(same, c.expected, predicted)
+    bound = COVERED * mel_noise(c)
+    covered = ((c.y - predicted).abs() <= bound) & ((c.y - c.expected).abs() <= bound)
+    return torch.where(covered & ~same, math.nan, predicted)
+
+
+def with_recipe(c: Case, also: str = "", **changed: Any) -> Tensor:
+    log = frontend.log10(mel_power(c, Recipe(**changed)))
+    return told(c, filled(c, frontend.scaled(log)))
+
+
+def with_more_filters(c: Case) -> list[Option]:
+    return [{"of": 128}] if c.audio is not None and c.whole.y.shape[1] < 128 else []
+
+
+def first_filters(c: Case, of: int) -> Tensor:
+    """The loudest of all filters sets the floor, also where it is not among the first."""
+    mel = spectrogram(c) @ frontend.filters(WHISPER, of).T
+    return told(c, filled(c, frontend.scaled(frontend.log10(mel))[:, : c.whole.y.shape[1]]))
+
+
+def added_under_log(c: Case, added: float) -> Tensor:
+    return told(c, filled(c, frontend.scaled(frontend.log10(mel_power(c), added))))
+
+
+def natural_log_of_samples(c: Case, added: float, floor: bool, scaled: str) -> Tensor:
+    ln = math.log(10) * frontend.log10(mel_power(c), added)
+    ln = ln.clamp(min=float(ln.max()) - 8) if floor else ln
+    return told(c, filled(c, (ln + 4) / 4 if scaled == "kept" else ln))
+
+
+def decibels_of_samples(c: Case) -> Tensor:
+    return told(c, filled(c, frontend.decibels(mel_power(c))))
+
+
+def librosa_defaults(c: Case, edge: str) -> Tensor:
+    """Neither silence after the audio nor a dropped frame; 0.0 to the length."""
+    recipe = Recipe(n_fft=2048, hop=512, edge=edge)
+    if len(samples(c)) <= recipe.n_fft:  # too short to be reflected
+        return torch.full_like(c.whole.y, math.nan)
+    mel = frontend.spectrogram(samples(c), recipe) @ frontend.filters(recipe, c.y.shape[1]).T
+    return told(c, filled(c, frontend.decibels(mel), frames=len(mel)))
+
+
+def z_scores(c: Case, also: str) -> Tensor:
+    """Of each bin over the frames of the audio. `also`: of a log-mel that is another one besides,
+    without silence after the audio and with its last frame."""
+    if not also:
+        log = right_mel(c)[: content(c)]
+    else:
+        recipe = Recipe(window="symmetric Hann", scale="HTK", norm=False, whole_bins=True)
+        if len(samples(c)) <= recipe.n_fft:
+            return torch.full_like(c.whole.y, math.nan)
+        bins = frontend.spectrogram(samples(c), recipe)
+        log = frontend.log10(bins @ frontend.filters(recipe, c.y.shape[1]).T)
+    scores = (log - log.mean(0)) / (log.std(0, correction=0) + 1e-8)
+    return told(c, filled(c, scores, frames=len(log)))
+
+
+def silence_padding(c: Case) -> Tensor:
+    log = frontend.scaled(frontend.log10(mel_power(c)))
+    return told(c, filled(c, log, after=float(log[-1].min()), frames=len(log)))  # last: silence
+
+
+def reaching_the_end(c: Case) -> list[Option]:
+    """A window that is full: only there does its last frame hold sound."""
+    full = c.audio is not None and len(c.audio) > len(c.whole.y) * HOP_LENGTH - 2 * WHISPER.n_fft
+    return [{}] if full else []
+
+
+def last_frame_kept(c: Case) -> Tensor:
+    """The window's end is reflected, and the frame around it counts for the maximum."""
+    n = len(c.whole.y) * HOP_LENGTH
+    window = F.pad(samples(c)[:n], (0, max(0, n - len(samples(c)))))
+    mel = frontend.spectrogram(window) @ frontend.filters(WHISPER, c.whole.y.shape[1]).T
+    return told(c, filled(c, frontend.scaled(frontend.log10(mel))))
+
+
+def floor_of_candidate(c: Case) -> Tensor:
+    """Its lowest value in the frames of the audio, under the logarithm without a floor."""
+    if not content(c):
+        return torch.full_like(c.whole.y, math.nan)
+    log = (frontend.log10(mel_power(c)) + 4) / 4
+    return told(c, filled(c, log.clamp(min=float(c.y[: content(c)].min()))))
+
+
+def frames_left_out(c: Case) -> list[Option]:
+    """Frames of the audio that are 0.0, down to the last."""
+    sounding = (c.y != 0).any(1).nonzero()
+    kept = int(sounding.max()) + 1 if len(sounding) else 0
+    return [{"kept": kept}] if c.audio is not None and 0 < kept < content(c) else []
+
+
+def first_frames(c: Case, kept: int) -> Tensor:
+    return filled(c, c.expected, frames=kept)
+
+
+def scaled_samples(c: Case, factor: float, times: str) -> Tensor:
+    """`times` says the factor in words."""
+    return told(c, filled(c, frontend.scaled(frontend.log10(mel_power(c) * factor**2))))
+
+
+def resampled(c: Case, rate: int) -> Tensor:
+    def make() -> Tensor:
+        audio = frontend.linearly_resampled(samples(c), rate)
+        bins = frontend.spectrogram(frontend.silence_after(audio))
+        mel = bins @ frontend.filters(WHISPER, c.whole.y.shape[1]).T
+        return filled(c, frontend.scaled(frontend.log10(mel)))
+
+    return told(c, c.once(f"resampled {rate}", make))
+
+
+def one_channel(c: Case) -> list[Option]:
+    """Silent frames where the reference has sound: a channel in which nobody speaks meanwhile."""
+    if c.audio is None or not content(c):
+        return []
+    y, right = c.y[: content(c)], c.expected[: content(c)]
+    silent = (y <= y.min() + 1e-6).all(1)
+    lost = silent & (right > right.min() + 1e-3).any(1)
+    if not lost.any() or silent.all():
+        return []
+    return [{"silent": silent, "heard": int((~silent).sum()), "frames": content(c)}]
+
+
+def channel(c: Case, silent: Tensor, **_: int) -> Tensor:
+    """The mean of two channels of which one is silent has half the amplitude of the other. Frames
+    next to silence hold a part of a sound: nothing is said of them."""
+    y = c.y[: len(silent)]
+    log = (frontend.log10(4 * mel_power(c))[: len(silent)] + 4) / 4
+    log = log.clamp(min=float(y.max()) - frontend.RANGE / 4)
+    near = F.max_pool1d(silent[None].double(), 7, stride=1, padding=3)[0].bool() & ~silent
+    log = torch.where(silent[:, None], y.min(), log)
+    return filled(c, torch.where(near[:, None], math.nan, log))
 
 
 # ---- conv: kernel 3, padding 1

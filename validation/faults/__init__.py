@@ -4,9 +4,11 @@ be called. `FAULTS` has them all, by `Fault.key`; to add one, a `Fault` in the m
 
 from __future__ import annotations
 
-from validation.faults import blocks, stem
+from validation.faults import blocks, bridge, input, stem, weights
 from validation.faults.fault import ALL_LAYERS, Fault, Twin, not_run
 
 __all__ = ["ALL_LAYERS", "FAULTS", "Fault", "Twin", "not_run"]
 
-FAULTS: dict[str, Fault] = {fault.key: fault for fault in (*stem.FAULTS, *blocks.FAULTS)}
+FAULTS: dict[str, Fault] = {
+    fault.key: fault for module in (input, stem, blocks, weights, bridge) for fault in module.FAULTS
+}

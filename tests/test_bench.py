@@ -1,0 +1,772 @@
+"""The fault bench: its recordings, the mistakes after the encoder, one trial, and the command that
+goes on where it was stopped. A random checkpoint makes it quick; `demo` where words matter."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import wave
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whisper
+from conftest import SAMPLES, Pair
+from filelock import FileLock
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from whisper.audio import N_SAMPLES, log_mel_spectrogram, pad_or_trim
+from whisper.decoding import DecodingOptions
+from whisper.model import ModelDimensions
+from whisper.tokenizer import get_tokenizer
+
+import weights
+from encoder.audio import SAMPLE_RATE, AudioError
+from validation import bench, trials
+from validation.faults import FAULTS, Fault, Twin
+from validation.faults.bridge import MOST_WINDOWS, Windows, merged, segments_of
+from validation.ledger import Ledger, LedgerError
+from validation.parity import first_diverging, judge
+from validation.recordings import (
+    Recording,
+    RecordingsError,
+    bundled,
+    end_to_end,
+    from_files,
+    joined,
+    variants,
+)
+from validation.semantic import FeaturesError
+from validation.transcripts import Heard, Transcripts
+from validation.trials import Bench, BenchError
+from weights import Checkpoint, expected_shapes
+
+FILES = [str(SAMPLES / "demo.flac"), str(SAMPLES / "flite-slt.flac")]
+FOUR = "S07,S14,S18,S23"
+# A text of 16 tokens at most, since a random decoder never ends one.
+DIMS = ModelDimensions(80, 1500, 128, 2, 2, 51864, 32, 128, 2, 1)
+
+
+def random_file(folder: Path) -> Path:
+    """A whole checkpoint of random weights, of a size that keeps the activations near 1."""
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+        x = torch.randn(shape, generator=generator)
+        if name.endswith(("ln.weight", "ln_post.weight")):
+            return 1 + 0.1 * x
+        if name.endswith(".bias"):
+            return 0.1 * x
+        return x / shape[1:].numel() ** 0.5 if name.endswith(".weight") else x
+
+    shapes = expected_shapes(DIMS, decoder=True)
+    path = folder / "random.safetensors"
+    save_file({name: tensor(name, torch.Size(shape)) for name, shape in shapes.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_file(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def two() -> list[Recording]:
+    return from_files(FILES)
+
+
+@pytest.fixture(scope="module")
+def small(
+    model_file: Path, two: list[Recording], tmp_path_factory: pytest.TempPathFactory
+) -> Bench:
+    checkpoint = weights.load(str(model_file), offline=True)
+    return Bench(checkpoint, two, tmp_path_factory.mktemp("bench"), on_max=False)
+
+
+def noise(seconds: float, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (0.1 * rng.standard_normal(round(seconds * SAMPLE_RATE))).astype(np.float32)
+
+
+def write_wav(path: Path, audio: np.ndarray) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        file.writeframes((audio * 32767).astype("<i2").tobytes())
+
+
+def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+# ---- recordings
+
+
+def test_the_bundled_recordings():
+    found, again = bundled(), bundled()
+    assert len(found) >= 12
+    assert len({r.name for r in found}) == len(found)
+    for recording, same in zip(found, again, strict=True):
+        assert 10 < recording.seconds <= 30
+        assert recording.audio.dtype == np.float32
+        assert np.array_equal(recording.audio, same.audio)
+        assert (recording.words or 0) >= 12
+    assert len({r.sha256 for r in found}) == len(found)
+
+
+def test_a_long_recording_is_cut_in_its_pauses(tmp_path: Path):
+    """65 s of sentences of 4 s with 1 s of silence after each, and eleven clips, which have to be
+    joined in other orders until there are twelve."""
+    audio = np.concatenate(
+        [np.r_[noise(4, i), np.zeros(SAMPLE_RATE, np.float32)] for i in range(13)]
+    )
+    write_wav(tmp_path / "long.wav", audio)
+    sentences = [{"text": f"word{i}", "start": 5.0 * i, "end": 5.0 * i + 4} for i in range(13)]
+    rows: list[dict[str, Any]] = [{"file": "long.wav", "text": "", "sentences": sentences}]
+    for i in range(11):
+        write_wav(tmp_path / f"{i}.wav", noise(3 + 0.1 * i, 20 + i))
+        rows.append({"file": f"{i}.wav", "text": f"clip{i}"})
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    found = bundled(tmp_path)
+    assert [r.name for r in found[:3]] == ["long-1", "long-2", "long-3"]
+    assert " ".join(str(r.text) for r in found[:3]) == " ".join(f"word{i}" for i in range(13))
+    assert sum(len(r.audio) for r in found[:3]) == len(audio)
+    for recording in found[:3]:
+        assert 19 <= recording.seconds <= 25
+    for before, after in itertools.pairwise(found[:3]):
+        assert not before.audio[-SAMPLE_RATE // 4 :].any()  # in the midst of a pause
+        assert not after.audio[: SAMPLE_RATE // 4].any()
+    assert len(found) == 12
+    assert found[3].text == "clip0 clip1 clip2 clip3"
+    for recording in found[3:]:
+        assert recording.seconds >= 12
+    orders = [r.text for r in found[3:]]
+    assert len(set(orders)) == len(orders)
+
+
+def test_without_samples_there_are_none(tmp_path: Path):
+    with pytest.raises(RecordingsError, match="name audio files"):
+        bundled(tmp_path)
+    rows = [{"file": "demo.flac", "text": "one"}]
+    (tmp_path / "samples.json").write_text(json.dumps(rows))
+    shutil.copy(SAMPLES / "demo.flac", tmp_path)
+    with pytest.raises(RecordingsError, match="is enough for 0 recordings"):
+        bundled(tmp_path)
+
+
+def test_files_are_cut_to_a_window(tmp_path: Path):
+    long, short = tmp_path / "long.wav", tmp_path / "short.wav"
+    write_wav(long, noise(31))
+    write_wav(short, noise(2))
+    found = from_files([str(long), str(short)], {str(long): "many words", str(short): "two words"})
+    assert [r.seconds for r in found] == [30, 2]
+    assert [r.text for r in found] == [None, "two words"]
+    with pytest.raises(RecordingsError, match=r"long\.wav is named twice"):
+        from_files([str(long), str(long)])
+    write_wav(short, noise(0.005))
+    with pytest.raises(RecordingsError, match="shorter than 10 ms"):
+        from_files([str(short)])
+    with pytest.raises(AudioError, match="no such file"):
+        from_files([str(long), str(tmp_path / "none.wav")])
+
+
+@pytest.mark.parametrize("seconds", [25, 30])
+def test_variants_are_the_same_words_otherwise(seconds: float):
+    recording = Recording("a", noise(seconds), "some words")
+    found = variants(recording, 15, seed=3)
+    assert found[0] is recording
+    assert len({r.sha256 for r in found}) == len({r.name for r in found}) == len(found)
+    for one in found:
+        assert one.text == "some words"
+        assert one.audio.dtype == np.float32
+        assert np.abs(one.audio).max() <= 1
+        assert len(one.audio) <= N_SAMPLES
+    assert any(len(one.audio) > len(recording.audio) for one in found) == (seconds < 30)
+    again = variants(recording, len(found), seed=3)
+    assert [r.sha256 for r in found] == [r.sha256 for r in again]
+    other = variants(recording, len(found), seed=4)
+    assert not {r.sha256 for r in found[1:]} & {r.sha256 for r in other[1:]}
+    with pytest.raises(RecordingsError, match="silent"):
+        variants(Recording("b", np.zeros(SAMPLE_RATE, np.float32), None), 2)
+
+
+def test_the_speed_of_a_variant_is_its_pitch():
+    """A sine of 1000 Hz, played at another speed, is a sine of that many times 1000 Hz."""
+    t = np.arange(4 * SAMPLE_RATE) / SAMPLE_RATE
+    tone = Recording("tone", (0.5 * np.sin(2 * np.pi * 1000 * t)).astype(np.float32), None)
+    fast, slow = variants(tone, 7)[5:7]
+    for one in (slow, fast):
+        spectrum = np.abs(np.fft.rfft(one.audio))
+        heard = spectrum.argmax() / one.seconds
+        assert heard == pytest.approx(1000 * tone.seconds / one.seconds, rel=1e-3)
+        assert np.abs(one.audio).max() == pytest.approx(0.5, rel=0.05)
+    assert slow.seconds > tone.seconds > fast.seconds
+
+
+def test_joined_goes_round():
+    clips = [Recording(str(i), noise(10 + i, i), f"w{i}") for i in range(3)]
+    found = joined(clips, 2, seconds=40)
+    assert found.name == "2"
+    assert found.text == "w2 w0 w1 w2"
+    assert found.seconds == 12 + 10 + 11 + 12
+    assert joined(clips[:1], 0).seconds == 50
+    assert end_to_end("x", [clips[0], replace(clips[1], text=None)]).text is None
+
+
+# ---- after the encoder
+
+
+def test_segments_are_between_timestamps():
+    tokenizer = get_tokenizer(False)
+    begin = tokenizer.timestamp_begin
+    words = tokenizer.encode(" one two")
+    tokens = [begin + 50, *words, begin + 100, begin + 150, *words]
+    first, second = segments_of(tokens, tokenizer, end=30.0, start=10.0)
+    assert (first["start"], first["end"]) == (11.0, 12.0)
+    assert first["tokens"] == tokens[:4]
+    assert (second["start"], second["end"]) == (13.0, 30.0)
+    assert first["text"] == second["text"] == " one two"
+    assert segments_of(words, tokenizer, end=5.0)[0]["end"] == 5.0
+    assert segments_of([begin, begin + 3], tokenizer, end=5.0) == []
+
+
+def test_texts_are_merged_by_their_characters():
+    assert merged("a cat sat on", "sat on the mat") == "a cat sat on the mat"
+    assert merged("a cat", "the mat") == "a cathe mat"  # what such a port gets
+    assert merged("one", "two") == "one two"
+    assert merged("", "two") == "two"
+
+
+def test_windows_are_counted():
+    module = Windows(nn.Flatten(), first_only=True)
+    first = module(torch.ones(1, 2))
+    assert torch.equal(module(torch.zeros(1, 2)), first)
+    assert torch.equal(Windows(nn.Flatten())(torch.zeros(1, 2)), torch.zeros(1, 2))
+    for _ in range(MOST_WINDOWS - 2):
+        module(torch.ones(1, 2))
+    with pytest.raises(FeaturesError, match=f"more than {MOST_WINDOWS} windows"):
+        module(torch.ones(1, 2))
+
+
+@pytest.fixture(scope="module")
+def long_audio() -> Recording:
+    return joined(bundled(), 0)
+
+
+@pytest.fixture(scope="module")
+def right(demo: Pair, long_audio: Recording) -> Heard:
+    return Heard.of(demo.stock.transcribe(long_audio.audio, temperature=0.0, fp16=False))
+
+
+AS_STOCK = {"temperature": 0.0, "fp16": False, "without_timestamps": False}
+
+
+def decoded(model: whisper.Whisper, audio: np.ndarray, **options: Any) -> str:
+    mel = log_mel_spectrogram(pad_or_trim(audio), 80)
+    return whisper.decode(model, mel, DecodingOptions(fp16=False, language="en", **options)).text
+
+
+@pytest.mark.parametrize("id_", ["S30", "S31", "S32", "S33", "S34", "S35", "S36"])
+def test_each_fault_of_the_bridge(id_: str, demo: Pair, long_audio: Recording, right: Heard):
+    model, audio = demo.stock, long_audio.audio
+    if id_ == "S35":  # it says as much as it can: one sentence is enough
+        audio = audio[: 3 * SAMPLE_RATE]
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    encoder, dims, given = model.encoder, model.dims, dict(AS_STOCK)
+    heard = Heard.of(FAULTS[id_].transcribe(model, audio, given))
+    assert given == AS_STOCK
+    assert (model.encoder, model.dims) == (encoder, dims)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(s["start"] <= s["end"] for s in heard.segments)
+    step = 25 * SAMPLE_RATE
+    match id_:
+        case "S30":  # what is said after the first window changes nothing
+            other = audio.copy()
+            other[N_SAMPLES:] *= 0.1
+            assert Heard.of(FAULTS[id_].transcribe(model, other, given)).text == heard.text
+            assert heard.text.startswith(right.segments[0]["text"])
+        case "S31":
+            assert heard.text == decoded(model, audio)
+            assert all(s["end"] <= 30 for s in heard.segments)
+        case "S32":
+            assert heard.text == decoded(model, audio, beam_size=5)
+        case "S33":
+            assert heard.text == decoded(model, audio, suppress_tokens="", suppress_blank=False)
+        case "S34":
+            first, second = decoded(model, audio[:N_SAMPLES]), decoded(model, audio[step:])
+            assert heard.text == merged(first, second)
+            assert any(s["start"] >= 25 for s in heard.segments) == bool(second)
+        case "S35":
+            assert heard.tokens != right.tokens
+            assert heard.text.split() != right.text.split()
+        case "S36":
+            assert heard.tokens == right.tokens
+            assert heard.text.split() != right.text.split()
+
+
+# ---- transcripts
+
+
+@pytest.fixture(scope="module")
+def said(demo: Pair, two: list[Recording]) -> tuple[Transcripts, list[Tensor]]:
+    with torch.no_grad():
+        features = [demo.stock.encoder(trials.windows(r.audio, 80)[:1]) for r in two]
+    truths = ["our teacher calls the word before the tree", None]
+    spoken = [replace(r, text=text) for r, text in zip(two, truths, strict=True)]
+    return Transcripts(demo.stock, spoken, features), features
+
+
+def test_the_same_features_say_the_same(said: tuple[Transcripts, list[Tensor]]):
+    transcripts, features = said
+    for row, own in zip(transcripts.of(features), transcripts.heard, strict=True):
+        assert row["failed"] is None
+        assert row["kl_max"] < 1e-9
+        assert row["same_top1"] == 1
+        assert row["tokens_identical"]
+        assert row["first_difference"] is None
+        assert row["wer"]["wer"] == row["lost"] == row["invented"] == 0
+        assert row["wer"]["words"] == len(row["text"].split()) > 2
+        assert row["text"] == row["reference_text"] == own.text
+    first, second = transcripts.of(features)
+    assert first["wer_truth"]["words"] == 8
+    assert first["wer_truth"]["wer"] == first["wer_truth_reference"]
+    assert second["wer_truth"] is second["wer_truth_reference"] is None
+
+
+def test_missing_features_are_all_words_lost(said: tuple[Transcripts, list[Tensor]]):
+    transcripts, features = said
+    missing, kept = transcripts.of([None, features[1]])
+    assert not missing["tokens_identical"]
+    assert missing["first_difference"] == 0
+    assert missing["text"] == ""
+    assert missing["wer"]["deletions"] == missing["wer"]["words"] > 2
+    assert missing["lost"] > 0 == missing["invented"]
+    assert missing["kl_mean"] is None
+    assert kept == transcripts.of(features)[1]
+
+
+def test_the_other_recordings_features(said: tuple[Transcripts, list[Tensor]]):
+    """Each recording gets the features of the other, and so the other's text."""
+    transcripts, features = said
+    for i, row in enumerate(transcripts.of(features[::-1])):
+        assert row["text"] == transcripts.heard[1 - i].text
+        assert row["first_difference"] is not None
+        assert 0 < row["kl_mean"] < row["kl_max"]
+        assert row["same_top1"] < 1
+        assert row["wer"]["wer"] > 0
+
+
+def test_features_that_break_the_decoder(said: tuple[Transcripts, list[Tensor]]):
+    transcripts, features = said
+    broken, kept = transcripts.of([features[0] * 1e38, features[1]])
+    assert "not finite" in broken["failed"]
+    assert broken["text"] == ""
+    assert kept["tokens_identical"]
+
+
+# ---- one trial
+
+
+def ln_post(id_: str, formula: Any) -> Fault:
+    return Fault(
+        id=id_,
+        group="blocks",
+        sentence="Made for the test.",
+        seen="",
+        first_tap="ln_post",
+        cause=None,
+        how="code",
+        formulas=lambda dims, layers: {"ln_post": formula},
+    )
+
+
+@pytest.mark.parametrize("key", ["S07", "S14", "S18", "S22", "E09", "E17"])
+def test_only_what_is_wrong_is_run_again(small: Bench, key: str):
+    """The taps are the twin's, bit for bit, and those that are the right twin's are known."""
+    twin, p = Twin(small.checkpoint, FAULTS[key]), small.prepared[0]
+    taps, same = trials.taps_of(twin, p.golden.mel, p.twin, small.tensors)
+    whole = twin.taps(p.golden.mel)
+    assert list(taps) == list(whole)
+    for name, tap in whole.items():
+        assert torch.equal(taps[name], tap), name
+        assert (name in same) == torch.equal(tap, p.twin[name]), name
+    assert 0 < len(same) < len(taps)
+
+
+@pytest.mark.parametrize("key", ["S07", "S18", "S22", "E17"])
+def test_the_verdict_is_that_of_parity(small: Bench, key: str):
+    """With the whole comparison of `parity`, of every tap and with everything injected."""
+    fault = FAULTS[key]
+    twin = Twin(small.checkpoint, fault)
+    for row, p in zip(small.trial(fault), small.prepared, strict=True):
+        taps = twin.taps(p.golden.mel)
+        injected = twin.injected(p.golden.taps)
+        judged = judge(taps, injected, p.golden, small.tensors, small.dims)
+        first = first_diverging(judged)
+        assert first is not None
+        assert row["first_tap"] == first.stage.name == row["expected_first_tap"]
+        assert row["at_tap"]["relative_l2"] == pytest.approx(first.free.relative_l2)
+        assert row["at_tap"]["sqnr_db"] == pytest.approx(first.free.sqnr_db)
+        final = judged[-1].free
+        assert row["final"]["relative_l2"] == pytest.approx(final.relative_l2)
+        assert row["final"]["max_abs"] == pytest.approx(final.max_abs)
+        right, wrong = p.golden.taps["ln_post"].numpy(), taps["ln_post"].numpy()
+        psnr = 20 * np.log10(np.abs(right).max() / np.sqrt(np.mean((right - wrong) ** 2)))
+        assert row["final"]["psnr_db"] == pytest.approx(psnr, abs=1e-3)
+        assert row["cause"] == row["expected_cause"] == fault.cause
+        assert row["detected"]
+        assert row["max"] is None
+        assert row["failed"] is None
+
+
+def test_what_changes_nothing_is_not_detected(small: Bench):
+    same = ln_post("same", lambda s, x, t: torch.nn.functional.layer_norm(
+        x[s.inputs[0]], (128,), t["ln_post.weight"], t["ln_post.bias"]
+    ))  # fmt: skip
+    for row in small.trial(same):
+        assert not row["detected"]
+        assert row["first_tap"] is row["cause"] is row["at_tap"] is None
+        assert row["final"]["relative_l2"] < 1e-5
+        assert row["tokens_identical"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        (ln_post("nan", lambda s, x, t: x[s.inputs[0]] * torch.nan), "are NaN or infinite"),
+        (ln_post("cut", lambda s, x, t: x[s.inputs[0]][:, :100]), "have shape (1, 100, 128)"),
+    ],
+    ids=lambda value: value.id if isinstance(value, Fault) else "",
+)
+def test_what_are_no_features(small: Bench, fault: Fault, sentence: str):
+    for row in small.trial(fault):
+        json.dumps(row, allow_nan=False)
+        assert sentence in row["failed"]
+        assert row["detected"]
+        assert row["first_tap"] == "ln_post"
+        assert row["final"] is None
+        assert not row["tokens_identical"]
+        assert row["text"] == ""
+
+
+def test_two_trials_are_equal(small: Bench):
+    keys = ("S14", "S30")
+    first, second = ([small.trial(FAULTS[key]) for key in keys] for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert without_seconds(a) == without_seconds(b)
+
+
+def test_a_row_of_the_bridge_has_the_keys_of_any_other(small: Bench):
+    encoder, bridge = small.trial(FAULTS["S23"])[0], small.trial(FAULTS["S31"])[0]
+    assert encoder.keys() == bridge.keys()
+    for key in ("first_tap", "expected_first_tap", "cause", "at_tap", "final", "max", "kl_mean"):
+        assert bridge[key] is None
+    assert bridge["detected"] is False
+
+
+def test_the_encoder_alone(small: Bench, two: list[Recording], tmp_path: Path):
+    """No decoder: the numbers are the same, there is no text, and no fault of the bridge."""
+    alone = {n: t for n, t in small.checkpoint.tensors.items() if n.startswith("encoder.")}
+    checkpoint = replace(small.checkpoint, tensors=alone)
+    other = Bench(checkpoint, two, tmp_path, on_max=False)
+    for with_text, without in zip(
+        small.trial(FAULTS["S23"]), other.trial(FAULTS["S23"]), strict=True
+    ):
+        assert without["final"] == with_text["final"]
+        assert without["first_tap"] == "ln_post"
+        assert without["text"] is without["wer"] is without["tokens_identical"] is None
+    with pytest.raises(BenchError, match="needs a decoder"):
+        other.trial(FAULTS["S31"])
+
+
+def test_nothing_is_measured_by_a_bench_that_is_wrong(
+    small: Bench, two: list[Recording], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(trials, "Twin", lambda checkpoint: Twin(checkpoint, FAULTS["E09"]))
+    with pytest.raises(BenchError, match=r"demo\.flac: torch twin .* differs .* at conv1\.gelu"):
+        Bench(small.checkpoint, two, tmp_path, on_max=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["00-reference.safetensors"]
+
+
+def test_what_was_prepared_is_used_again(
+    small: Bench, two: list[Recording], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    first = Bench(small.checkpoint, two[:1], tmp_path, on_max=False).prepared[0]
+    written = (tmp_path / "00-twin.safetensors").stat().st_mtime_ns
+    with monkeypatch.context() as patched:
+        patched.setattr(trials, "golden_of", None)  # would be called, and fail
+        again = Bench(small.checkpoint, two[:1], tmp_path, on_max=False).prepared[0]
+    assert (tmp_path / "00-twin.safetensors").stat().st_mtime_ns == written
+    for name, tap in first.twin.items():
+        assert torch.equal(tap, again.twin[name])
+    other = Bench(small.checkpoint, two[1:], tmp_path, on_max=False).prepared[0]
+    assert other.golden.file == two[1].name
+    assert torch.equal(other.golden.mel, small.prepared[1].golden.mel)
+
+
+@pytest.fixture(scope="module")
+def on_max(
+    demo_checkpoint: Checkpoint, two: list[Recording], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    folder = tmp_path_factory.mktemp("on-max")
+    yield Bench(demo_checkpoint, two[:1], folder)
+    shutil.rmtree(folder)  # 370 MB
+
+
+LOUDER = Fault(
+    id="louder",
+    group="input",
+    sentence="Made for the test.",
+    seen="",
+    first_tap="mel",
+    cause="scaled-and-offset",
+    how="input",
+    mel=lambda audio, mel: mel + 0.1,
+)
+
+
+@pytest.mark.parametrize("fault", [FAULTS["S14"], LOUDER], ids=lambda f: f.id)
+def test_the_compiled_graph_says_the_same(on_max: Bench, fault: Fault):
+    (row,) = on_max.trial(fault)
+    found = row["max"]
+    assert found["detected"]
+    assert found["first_tap"] == row["first_tap"] == fault.diverges_at()
+    assert found["same_first_tap"]
+    assert found["cause"] == row["cause"] == fault.cause
+    assert found["twin_relative_l2"] == row["final"]["relative_l2"] > 1e-3
+    assert found["final_relative_l2"] != found["twin_relative_l2"]  # another encoder's
+    assert 0 < found["relative_difference"] < 0.01
+
+
+# ---- the rows' file
+
+
+HEADER = {"schema": 1, "weights": "a", "recordings": [{"name": "x"}, {"name": "y"}]}
+
+
+def two_rows(fault: str) -> list[dict[str, Any]]:
+    return [{"fault": fault, "recording": name, "text": "ü\u2028"} for name in "xy"]
+
+
+def test_a_ledger_is_gone_on_with(tmp_path: Path):
+    path = tmp_path / "trials.jsonl"
+    ledger = Ledger(path, HEADER)
+    ledger.add(two_rows("A"))
+    ledger.add(two_rows("B"))
+    ledger.close()
+    assert Ledger(path, HEADER).rows == {"A": two_rows("A"), "B": two_rows("B")}
+    whole = path.read_bytes()
+    for cut in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        left = Ledger(path, HEADER)
+        assert set(left.rows) == {"A"} if b'"B"' in whole[:cut] else set(left.rows) <= {"A"}
+        assert all(own == two_rows(fault) for fault, own in left.rows.items())
+        for fault in "AB":
+            if fault not in left.rows:
+                left.add(two_rows(fault))
+        left.close()
+        assert path.read_bytes() == whole
+
+
+def test_a_ledger_of_something_else_is_refused(tmp_path: Path):
+    path = tmp_path / "trials.jsonl"
+    first = Ledger(path, HEADER)
+    first.add(two_rows("A"))
+    first.close()
+    kept = path.read_bytes()
+    other = {**HEADER, "weights": "b", "schema": 2}
+    with pytest.raises(LedgerError, match="measured with other schema, weights"):
+        Ledger(path, other)
+    assert path.read_bytes() == kept
+    damaged = kept.splitlines(keepends=True)
+    for line in (b"{]\n", b'"text"\n', b"{}\n"):
+        path.write_bytes(damaged[0] + line + damaged[2])
+        with pytest.raises(LedgerError, match=r"line 2.*--restart begins anew"):
+            Ledger(path, HEADER)
+    path.write_bytes(b"[]\n")
+    with pytest.raises(LedgerError, match="measured with other"):
+        Ledger(path, HEADER)
+    assert Ledger(path, other, restart=True).rows == {}
+
+
+# ---- the command
+
+
+def command(model_file: Path, out: Path, *more: str) -> list[str]:
+    given = [*FILES, "--model", str(model_file), "--out", str(out), "--no-max", "--offline"]
+    return [*given, "--faults", FOUR, *more]
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "trials.jsonl").read_text().split("\n")[1:-1]]
+
+
+@pytest.fixture(scope="module")
+def measured(
+    model_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]], dict[str, Any]]:
+    out = tmp_path_factory.mktemp("command")
+    report = out / "found.json"
+    files = ["--json", str(report), "--markdown", str(out / "found.md"), "--svg", str(out)]
+    assert bench.main(command(model_file, out, *files)) in (bench.PASSED, bench.MISSED)
+    return out, rows_in(out), json.loads(report.read_text())
+
+
+def test_the_command(measured: tuple[Path, list[dict[str, Any]], dict[str, Any]]):
+    out, rows, found = measured
+    assert [(r["fault"], r["recording"]) for r in rows] == [
+        (fault, Path(file).name) for fault in FOUR.split(",") for file in FILES
+    ]
+    assert all(row["detected"] for row in rows)
+    assert [row["fault"] for row in found["faults"]]
+    about = found["about"]
+    assert about["recordings"][0]["name"] == "demo.flac"
+    assert about["recordings"][0]["seconds"] == pytest.approx(3.8, abs=0.1)
+    assert about["seed"] == 0
+    assert about["command"].startswith("python -m validation faults ")
+    assert about["seconds_of_trials"] == pytest.approx(sum(row["seconds"] for row in rows))
+    assert "S07" in (out / "found.md").read_text()
+    for metric in bench.METRICS:
+        assert (out / f"{metric}.svg").read_text().startswith("<svg")
+
+
+def test_a_killed_run_goes_on(
+    measured: tuple[Path, list[dict[str, Any]], dict[str, Any]],
+    model_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Cut in the midst of the last row: its fault is measured again, and no other."""
+    out, rows, _ = measured
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "trials.jsonl"
+    path.write_bytes(path.read_bytes()[:-100])
+    tried: list[str] = []
+    trial = Bench.trial
+
+    def spied(self: Bench, fault: Fault) -> list[dict[str, Any]]:
+        tried.append(fault.key)
+        return trial(self, fault)
+
+    monkeypatch.setattr(Bench, "trial", spied)
+    bench.main(command(model_file, tmp_path))
+    assert tried == ["S23"]
+    assert without_seconds(rows_in(tmp_path)) == without_seconds(rows)
+    bench.main(command(model_file, tmp_path))
+    assert tried == ["S23"]
+
+
+def test_several_processes_measure_the_same(
+    measured: tuple[Path, list[dict[str, Any]], dict[str, Any]], model_file: Path, tmp_path: Path
+):
+    """Up to the rounding of another number of threads."""
+    out, rows, _ = measured
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "trials.jsonl").unlink()
+    report = tmp_path / "found.json"
+    again = ["--jobs", "2", "--json", str(report)]
+    assert bench.main(command(model_file, tmp_path, *again)) in (bench.PASSED, bench.MISSED)
+    found = json.loads(report.read_text())["rows"]
+    same = ("fault", "recording", "first_tap", "cause", "tokens_identical", "text", "wer")
+    expected = {(row["fault"], row["recording"]): row for row in rows}
+    assert len(found) == len(rows) == 8
+    for row in found:
+        right = expected[row["fault"], row["recording"]]
+        assert {key: row[key] for key in same} == {key: right[key] for key in same}
+        for key in ("relative_l2", "max_abs"):
+            assert row["final"][key] == pytest.approx(right["final"][key], rel=1e-3)
+
+
+def test_other_recordings_are_not_mixed_in(
+    measured: tuple[Path, list[dict[str, Any]], dict[str, Any]],
+    model_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    out, _, _ = measured
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
+    kept = (tmp_path / "trials.jsonl").read_bytes()
+    other = command(model_file, tmp_path, "--seed", "1")[1:]
+    assert bench.main(other) == bench.CANNOT
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "was measured with other recordings, seed: --restart begins anew" in said.err
+    assert len(said.err.splitlines()) == 1
+    assert (tmp_path / "trials.jsonl").read_bytes() == kept
+    assert bench.main([*other, "--restart"]) in (bench.PASSED, bench.MISSED)
+    assert len(rows_in(tmp_path)) == 4
+    assert {row["recording"] for row in rows_in(tmp_path)} == {"flite-slt.flac"}
+
+
+def test_one_run_at_a_time(model_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with FileLock(tmp_path / "lock"):
+        assert bench.main(command(model_file, tmp_path)) == bench.CANNOT
+    assert f"another run measures in {tmp_path}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--truth", "x.txt"], "belong to audio files"),
+        (["--variants", "2"], "belong to audio files"),
+        ([FILES[0], "--variants", "0"], "--variants must be 1 or more"),
+        (["--jobs", "0"], "--jobs must be 1 or more"),
+        (["--seed", "-1"], "--seed must be 0 or more"),
+        (["--json", "no/such/x.json"], "no/such is no folder"),
+        (["--markdown", "."], "is a folder"),
+        (["--json", "x", "--markdown", "x"], "x is named twice"),
+        (["--svg", "no/such"], "no/such is no folder"),
+    ],
+)
+def test_usage(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(options)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--faults", "S07,nonsense"], "'nonsense' is no fault, expected some of"),
+        (["--group", "nonsense"], "'nonsense' is no group, expected one of"),
+        (["--faults", "S07", "--group", "bridge"], "none of S07 is of the group bridge"),
+        (["no-such.flac"], "no-such.flac: no such file"),
+        ([FILES[0], "--truth", "no-such.txt"], "no-such.txt cannot be read"),
+        (["--model", "no-such.safetensors"], "no-such.safetensors"),
+        (["--out", FILES[0]], FILES[0]),
+    ],
+)
+def test_what_cannot_be_measured(
+    options: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    assert bench.main([*options, "--offline"]) == bench.CANNOT
+    said = capsys.readouterr()
+    assert sentence in said.err
+    assert len(said.err.splitlines()) == 1
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_encoder_alone_leaves_the_bridge_out(small: Bench, capsys: pytest.CaptureFixture[str]):
+    alone = {n: t for n, t in small.checkpoint.tensors.items() if n.startswith("encoder.")}
+    checkpoint = replace(small.checkpoint, tensors=alone)
+    assert bench.measurable(["S07", "S31"], checkpoint) == ["S07"]
+    assert "1 faults of the transcript are left out" in capsys.readouterr().err
+    with pytest.raises(BenchError, match="has no decoder"):
+        bench.measurable(["S31"], checkpoint)
+
+
+def test_the_short_form_is_of_the_catalogue():
+    assert set(bench.SHORT) <= set(FAULTS)
+    assert {FAULTS[key].group for key in bench.SHORT} == {f.group for f in FAULTS.values()}
