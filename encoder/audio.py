@@ -24,6 +24,7 @@ from whisper.audio import (
 
 __all__ = [
     "N_FRAMES",
+    "N_SAMPLES",
     "SAMPLE_RATE",
     "AudioError",
     "load_audio",

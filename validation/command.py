@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import weights
 from decoder_bridge.model import stock_model
-from encoder.audio import AudioError, load_audio, require_file, windows
+from encoder.audio import N_SAMPLES, AudioError, load_audio, require_file, windows
 from encoder.engine import EngineError
 from validation import golden, page, report
 from validation.candidates import (
@@ -259,6 +259,9 @@ def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
             f"{candidate.name} holds {candidate.windows} windows, {count} are asked for: --windows"
         )
 
+    # The samples of a file that is one window, by which a wrong mel can be explained.
+    single = [r.audio for r in found if len(r.audio) <= N_SAMPLES]
+    samples = {sha256_of(audio): audio for audio in single}
     measured = Measured(dims)
     tensors = {name: t.float() for name, t in checkpoint.encoder_tensors().items()}
     kept: list[Golden] = []
@@ -273,7 +276,7 @@ def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
             observer, proof = check_max(candidate, one.mel)
         judged, taps = judge_window(candidate, one, tensors, dims, args.fail_fast)
         final = final or "ln_post" in taps
-        measured.add(judged, taps, one, tensors)
+        measured.add(judged, taps, one, tensors, samples.get(one.audio_sha256))
         if args.save is not None:
             kept.append(one)
         if args.fail_fast and measured.first is not None:

@@ -194,8 +194,9 @@ def _table(kinds: str, *rows: tuple[Any, ...]) -> None:
 _LOGS = [{"floor": f, "scaled": s} for f in (True, False) for s in ("kept", "missing")]
 _OUTER = [{"tap": tap, "at": at} for tap in (0, 2) for at in range(3)]
 _MOVES = each("n", *(n for n in range(-8, 9) if n))
-_EPSILONS = each("epsilon", 1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2)
-_STORED = each("to", "float16", "bfloat16", "tf32", "int8 per tensor", "int8 per channel")
+_EPSILONS = each("epsilon", 1e-12, 1e-8, 1e-6, 1e-4, 1e-3, 1e-2, 1e-1)
+_INTEGERS = [f"int{bits} per {of}" for bits in (8, 6, 4) for of in ("tensor", "channel")]
+_STORED = each("to", "float16", "bfloat16", "tf32", *_INTEGERS)
 _FLOATS = each("to", "float16", "bfloat16", "tf32")
 _ORDERS = each("order", *("kqv", "qvk", "vkq", "kvq", "vqk"))
 

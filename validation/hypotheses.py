@@ -448,9 +448,11 @@ def rounded(x: Tensor, to: str) -> Tensor:
     """`x` as it would be stored."""
     if to == "tf32":  # float32 with 10 bits of mantissa
         return ((x.float().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32).double()
-    if to.startswith("int8"):
-        axes = tuple(range(1 if to == "int8 per channel" else 0, x.ndim))
-        step = x.abs().amax(axes, keepdim=True).clamp(min=1e-30) / 127
+    if to.startswith("int"):  # "int8 per channel": symmetric, a step for each or one for all
+        kind, _, scope = to.partition(" per ")
+        largest = 2 ** (int(kind.removeprefix("int")) - 1) - 1
+        axes = tuple(range(1 if scope == "channel" else 0, x.ndim))
+        step = x.abs().amax(axes, keepdim=True).clamp(min=1e-30) / largest
         return (x / step).round() * step
     return x.to(getattr(torch, to)).double()
 

@@ -187,8 +187,16 @@ class Measured:
     def _earlier(self, found: Judged, known: Judged | None) -> bool:
         return known is None or self.order[found.stage.name] < self.order[known.stage.name]
 
-    def add(self, judged: list[Judged], candidate: Taps, golden: Golden, tensors: Taps) -> None:
-        """One window's verdicts, with both sides' taps, from which cause and plots are made."""
+    def add(
+        self,
+        judged: list[Judged],
+        candidate: Taps,
+        golden: Golden,
+        tensors: Taps,
+        audio: np.ndarray | None = None,
+    ) -> None:
+        """One window's verdicts, with both sides' taps, from which cause and plots are made; with
+        the samples of a file that is one window a wrong mel is explained by what made it."""
         line = self.files.setdefault(golden.file, FileLine(golden.audio_sha256))
         line.mel_sha256.append(golden.mel_sha256)
         for j in judged:
@@ -205,7 +213,7 @@ class Measured:
         if first is not None and self._earlier(first, self.first):
             self.first = self._plotted = first
             self.cause = fingerprints.explain(
-                first.stage, candidate, golden.taps, tensors, self.dims
+                first.stage, candidate, golden.taps, tensors, self.dims, audio
             )
             self.plots = plots(first.stage, candidate, golden.taps)
         worst = max(judged, key=lambda j: j.ratio)

@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 WIDTH, HEIGHT = 720, 400  # the whole picture
 LEFT, TOP, RIGHT, BOTTOM = 52, 34, 700, 352  # the axes
@@ -25,7 +26,7 @@ CURVES = (  # key in a row, name, colour
 SMOOTH = 9  # rows on either side in the running mean
 TICKS = 1, 2, 5
 
-Row = dict[str, float | None]
+Row = dict[str, Any]  # step and seconds; cross_entropy and ctc, or None
 
 
 def read_losses(path: Path) -> list[Row]:

@@ -47,7 +47,7 @@ DIMS = ModelDimensions(
     n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=2,
 )  # fmt: skip
 CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
-CTC_WEIGHT = 0.3
+CTC_WEIGHT = 1.0  # beside the cross-entropy
 PEAK_LR = 8e-4
 WARMUP = 200  # steps
 WINDOW = 30.0  # seconds, Whisper's own
@@ -55,7 +55,7 @@ WINDOW = 30.0  # seconds, Whisper's own
 # share of the steps), ...)), batches of about a minute of audio. The encoder learns to hear by CTC
 # alone; the decoder then learns where to look on a few words, and only then to find its way
 # through thirty seconds.
-CURRICULUM = (
+CURRICULUM: tuple[tuple[float, bool, tuple[tuple[float, int, float], ...]], ...] = (
     (1500, False, ((2.8, 22, 0.35), (4.6, 14, 0.35), (15.0, 4, 0.15), (WINDOW, 2, 0.15))),
     (2100, True, ((1.3, 40, 0.4), (2.8, 22, 0.4), (4.6, 14, 0.2))),
     (2600, True, ((2.8, 22, 0.1), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2), (WINDOW, 2, 0.1))),
@@ -310,7 +310,7 @@ class Batches:
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"batch/{self.seed}/{step}")
-        decoder, lengths = next(then for until, *then in CURRICULUM if step < until)
+        _, decoder, lengths = next(phase for phase in CURRICULUM if step < phase[0])
         seconds, size, _ = rng.choices(lengths, [share for *_, share in lengths])[0]
         windows = [compose(self.corpus, rng, seconds) for _ in range(size)]
         tokens, targets = [], []
@@ -437,7 +437,8 @@ def main(argv: list[str] | None = None) -> int:
         file=sys.stderr,
     )
 
-    began, losses = time.monotonic(), []
+    began = time.monotonic()
+    losses: list[tuple[float | None, float]] = []  # cross-entropy and CTC of the last steps
     with open(args.out / "losses.jsonl", "a") as log:
         for step in range(first, args.steps):
             for group in optimizer.param_groups:
@@ -452,12 +453,15 @@ def main(argv: list[str] | None = None) -> int:
             optimizer.step()
             losses.append((cross_entropy.item() if batch.decoder else None, ctc.item()))
             if (step + 1) % 20 == 0:
-                row = {"step": step + 1, "seconds": round(time.monotonic() - began, 1)}
-                for name, values in zip(
-                    ("cross_entropy", "ctc"), zip(*losses, strict=True), strict=True
-                ):
-                    known = [v for v in values if v is not None]
-                    row[name] = round(sum(known) / len(known), 4) if known else None
+                said, heard = (
+                    [v for v in values if v is not None] for values in zip(*losses, strict=True)
+                )
+                row = {
+                    "step": step + 1,
+                    "cross_entropy": round(sum(said) / len(said), 4) if said else None,
+                    "ctc": round(sum(heard) / len(heard), 4),
+                    "seconds": round(time.monotonic() - began, 1),
+                }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 print(row, file=sys.stderr)
