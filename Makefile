@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run parity test check clean
+.PHONY: help install run parity faults test check clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -27,6 +27,9 @@ run: $(INSTALLED) ## transcribe: make run AUDIO=speech.mp3 MODEL=tiny
 
 parity: $(INSTALLED) ## is the encoder OpenAI's, tap by tap: make parity AUDIO=speech.mp3 MODEL=tiny
 	@$(BIN)/python -m validation parity --model '$(MODEL)' '$(AUDIO)'
+
+faults: $(INSTALLED) ## what mistakes cost in words, the short form: about twenty faults, three recordings
+	@$(BIN)/python -m validation faults --short --restart --model '$(MODEL)'
 
 test: check ## ruff, mypy and all tests
 	$(BIN)/python -m pytest

@@ -23,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count
 from max.engine import CompiledModel, InferenceSession, Model, read
-from max.graph import DeviceRef, Graph
+from max.graph import DeviceRef, Graph, Module
 from torch import Tensor
 from whisper.model import ModelDimensions
 
@@ -40,12 +40,32 @@ class EngineError(Exception):
 
 @dataclass(frozen=True)
 class Kind:
-    """A graph that is compiled and kept: what builds it, and what messages call it."""
+    """A graph, or several in one module, that is compiled and kept.
 
-    build: Callable[[ModelDimensions, DeviceRef], Graph]
+    build : what makes it
+    what : what messages call it, "the encoder"
+    sources : the files whose text decides what it computes
+    sizes : the fields of `ModelDimensions` that it depends on; the last three are n_state, n_head
+        and n_layer
+    """
+
+    build: Callable[[ModelDimensions, DeviceRef], Graph | Module]
     what: str
+    sources: tuple[str, ...] = (encoder.graph.__file__,)
+    sizes: tuple[str, ...] = (
+        "n_mels",
+        "n_audio_ctx",
+        "n_audio_state",
+        "n_audio_head",
+        "n_audio_layer",
+    )
+
+    def values(self, dims: ModelDimensions) -> tuple[int, ...]:
+        """The sizes of this kind in a model of `dims`."""
+        return tuple(getattr(dims, name) for name in self.sizes)
 
 
+# Another room adds its own kinds.
 KINDS = {
     "encoder": Kind(encoder.graph.build, "the encoder"),
     "encoder-taps": Kind(encoder.graph.build_tapped, "the encoder with taps"),
@@ -73,20 +93,21 @@ def cpu_identity() -> str:
 def artifact_name(dims: ModelDimensions, device: Device, kind: str = "encoder") -> str:
     """File name of a compiled graph of these dims: what it is, and a hash of all it depends on.
 
-    The hash covers the text of `encoder/graph.py`, the sizes, MAX's version, the processor and the
+    The hash covers the text of the builder, the sizes, MAX's version, the processor and the
     accelerator. The weights and the batch size are not part of it: one artifact serves them all.
     """
-    sizes = (dims.n_mels, dims.n_audio_ctx, dims.n_audio_state, dims.n_audio_head)
+    sizes = KINDS[kind].values(dims)
     depends_on = (
-        Path(encoder.graph.__file__).read_text(),
-        repr((*sizes, dims.n_audio_layer)),
+        *(Path(source).read_text() for source in KINDS[kind].sources),
+        repr(sizes),
         version("max"),
         cpu_identity(),
         "" if device.is_host else f"{device.api} {device.architecture_name}",
     )
     digest = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:16]
     on = "cpu" if device.is_host else "gpu"
-    return f"{kind}-{dims.n_audio_layer}x{dims.n_audio_state}-{on}-float32-{digest}.mef"
+    *_, n_state, _, n_layer = sizes
+    return f"{kind}-{n_layer}x{n_state}-{on}-float32-{digest}.mef"
 
 
 @contextmanager
@@ -143,7 +164,7 @@ def write_artifact(compiled: CompiledModel, path: Path) -> None:
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
         artifact, checksum = Path(folder, "mef"), Path(folder, "sha256")
-        with engine_errors(f"write the compiled encoder to {path.parent}"):
+        with engine_errors(f"write what it compiled to {path.parent}"):
             compiled.export_mef(artifact)
         checksum.write_text(hashlib.sha256(artifact.read_bytes()).hexdigest())
         os.replace(checksum, path.with_suffix(".sha256"))
@@ -164,8 +185,9 @@ def read_artifact(path: Path) -> CompiledModel | None:
 def compile_encoder(dims: ModelDimensions, device: Device, kind: str) -> CompiledModel:
     """Build the graph of this kind and compile it: minutes, with a progress line."""
     what = KINDS[kind].what
+    *_, n_state, _, n_layer = KINDS[kind].values(dims)
     reason = (
-        f"Compiling {what} ({dims.n_audio_layer} layers of {dims.n_audio_state}) for this "
+        f"Compiling {what} ({n_layer} layers of {n_state}) for this "
         "machine. It takes minutes, once; later starts take seconds."
     )
     with progress(reason, "compiling"), engine_errors(f"compile {what}"):
@@ -208,24 +230,26 @@ def compiled_encoder(dims: ModelDimensions, device: Device, kind: str = "encoder
             write_artifact(compiled, path)
             return compiled
     except OSError as error:
+        what = KINDS[kind].what.removeprefix("the ")
         raise EngineError(
-            f"cannot keep the compiled encoder in {path.parent}: {error.strerror or error}; "
+            f"cannot keep the compiled {what} in {path.parent}: {error.strerror or error}; "
             "set MAX_WHISPER_CACHE to a folder that can be written"
         ) from error
 
 
-def float32_weights(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> dict[str, Tensor]:
-    """The encoder's tensors as the graph binds them: float32, contiguous, by name.
+def float32_weights(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], part: str = "encoder"
+) -> dict[str, Tensor]:
+    """The tensors of a part of the model as its graph binds them: float32, contiguous, by name.
 
     MAX checks neither names nor shapes when it initialises an artifact read from a file, so they
-    are checked here, against the graph's own list.
+    are checked here, against `shapes`, the graph's own list.
     """
-    shapes = encoder_shapes(dims)
     for name in sorted(shapes.keys() | tensors.keys()):
         found = tuple(tensors[name].shape) if name in tensors else "nothing"
         expected = shapes.get(name, "nothing")
         if found != expected:
-            raise EngineError(f"encoder.{name}: found {found}, the graph expects {expected}")
+            raise EngineError(f"{part}.{name}: found {found}, the graph expects {expected}")
     return {name: tensors[name].detach().to("cpu", torch.float32).contiguous() for name in shapes}
 
 
@@ -240,8 +264,15 @@ def check_input(name: str, x: Tensor, expected: tuple[int, ...]) -> Tensor:
     return x.detach().contiguous()
 
 
+def in_place(x: Tensor) -> Buffer:
+    """The memory of `x`, contiguous and on the CPU, as MAX's: for what many executions read, or
+    what they write."""
+    with engine_errors("use a tensor in place"):
+        return Buffer.from_dlpack(x)
+
+
 class Bound:
-    """A compiled graph with its weights, to be executed."""
+    """A compiled kind with its weights, to be executed."""
 
     def __init__(self, kind: str, dims: ModelDimensions, device: str, weights: dict[str, Tensor]):
         self.dims = dims
@@ -249,28 +280,32 @@ class Bound:
         self.device = "cpu" if self._device.is_host else "gpu"
         # MAX reads CPU weights in place on every execution: they live as long as the model.
         self._weights = weights
+        self._what = KINDS[kind].what
         compiled = compiled_encoder(dims, self._device, kind)
-        with engine_errors("bind the weights to the compiled encoder"):
+        with engine_errors(f"bind the weights to {self._what}"):
             session = InferenceSession(devices=[self._device])
-            self._model: Model = session.init(compiled, weights_registry=weights)
+            self._models: dict[str, Model] = session.init_all(compiled, weights_registry=weights)
+        self._model = next(iter(self._models.values()))  # the only one of most kinds
 
     @property
     def kernels(self) -> list[str]:
-        """The kernels that the compiled model names, in order."""
-        return list(self._model.kernel_summaries)
+        """The kernels that the compiled graphs name, in order."""
+        return [kernel for model in self._models.values() for kernel in model.kernel_summaries]
 
-    def _execute(self, *inputs: Tensor) -> list[Tensor]:
-        """The graph's outputs for its inputs. On the CPU without a copy on either side; the memory
-        of an output belongs to it alone."""
-        with engine_errors("run the encoder"):
-            buffers = [Buffer.from_dlpack(x) for x in inputs]
+    def _execute(self, *inputs: Tensor | Buffer, graph: str | None = None) -> list[Tensor]:
+        """The outputs of the kind's only graph, or of `graph`, for its inputs. On the CPU without a
+        copy on either side; the memory of an output belongs to it alone."""
+        model = self._model if graph is None else self._models[graph]
+        with engine_errors(f"run {self._what}"):
+            buffers = [x if isinstance(x, Buffer) else Buffer.from_dlpack(x) for x in inputs]
             if not self._device.is_host:
                 buffers = [buffer.to(self._device) for buffer in buffers]
-            results = self._model.execute(*buffers)
+            results = model.execute(*buffers)
             if not self._device.is_host:
                 results = [result.to(CPU()) for result in results]
             outputs = [torch.from_dlpack(result) for result in results]
-        given = {x.data_ptr() for x in inputs}  # an output that is an input unchanged is copied
+        # an output that is an input unchanged is copied
+        given = {x.data_ptr() for x in inputs if isinstance(x, Tensor)}
         return [x.clone() if x.data_ptr() in given else x for x in outputs]
 
 
@@ -281,7 +316,7 @@ class Engine(Bound):
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto"):
-        weights = float32_weights(checkpoint.encoder_tensors(), checkpoint.dims)
+        weights = float32_weights(checkpoint.encoder_tensors(), encoder_shapes(checkpoint.dims))
         super().__init__("encoder", checkpoint.dims, device, weights)
 
     def __call__(self, mel: Tensor) -> Tensor:
@@ -300,7 +335,7 @@ class TappedEngine(Bound):
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto"):
-        weights = float32_weights(checkpoint.encoder_tensors(), checkpoint.dims)
+        weights = float32_weights(checkpoint.encoder_tensors(), encoder_shapes(checkpoint.dims))
         super().__init__("encoder-taps", checkpoint.dims, device, weights)
         self._names = list(tap_shapes(self.dims))
 
@@ -333,7 +368,7 @@ class StagesEngine(Bound):
         Returns for every tap what its stage, with `tensors`, makes of the reference's taps before
         it. Raises ValueError on a missing tap, or another shape, dtype or device; EngineError.
         """
-        weights = float32_weights(tensors, self.dims)
+        weights = float32_weights(tensors, encoder_shapes(self.dims))
         if missing := [name for name in self._shapes if name not in reference]:
             raise ValueError(f"the reference lacks the tap {missing[0]}")
         given = {name: check_input(name, reference[name], s) for name, s in self._shapes.items()}
