@@ -7,12 +7,14 @@ depends on the corpus, the seed and the step alone. The learning rate warms up, 
 zero over the last --decay steps; a run that is asked for more steps later goes on from the last
 checkpoint before the fall. Refuses to start without the corpus of `weights.demo.speech`.
 
-Three economies:
+Four economies:
 - Only the used tokens have an embedding row of their own; all others share one more row, whose
   logit gets + log(number of unused tokens). That is exactly the full softmax over OpenAI's tokens.
 - A window shorter than 30 s runs on its own length: the positional embedding is a fixed sinusoid,
   cut to that length.
 - CTC over characters teaches the encoder before the decoder can; its head is not exported.
+- Where each word is spoken is known, about: one head of each of the decoder's layers is taught to
+  look there, the first layer's at the token that it was given, the last one's at the next.
 
 float32, or bfloat16 autocast with --bf16: the faster one on a processor with AMX, the slower one
 without.
@@ -28,6 +30,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +50,8 @@ DIMS = ModelDimensions(
     n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=2,
 )  # fmt: skip
 CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
-CTC_WEIGHT = 1.0  # beside the cross-entropy
+WEIGHTS = {"cross_entropy": 1.0, "ctc": 1.0, "alignment": 0.3}  # of the losses
+NEAR = 0.4  # seconds about a word within which an alignment head may look
 PEAK_LR = 8e-4
 WARMUP = 200  # steps
 HARD, HARD_SHARE = "flite:", 0.35  # voices whose letters are learnt half as fast as espeak-ng's
@@ -59,7 +63,8 @@ WINDOW = 30.0  # seconds, Whisper's own
 CURRICULUM: tuple[tuple[float, bool, tuple[tuple[float, int, float], ...]], ...] = (
     (1500, False, ((2.8, 22, 0.35), (4.6, 14, 0.35), (15.0, 4, 0.15), (WINDOW, 2, 0.15))),
     (2100, True, ((1.3, 40, 0.4), (2.8, 22, 0.4), (4.6, 14, 0.2))),
-    (2600, True, ((2.8, 22, 0.1), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2), (WINDOW, 2, 0.1))),
+    (3400, True, ((2.8, 22, 0.2), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2))),
+    (4000, True, ((4.6, 14, 0.15), (8.0, 8, 0.25), (15.0, 4, 0.35), (WINDOW, 2, 0.25))),
     (math.inf, True, ((4.6, 14, 0.1), (8.0, 8, 0.15), (15.0, 4, 0.25), (WINDOW, 2, 0.5))),
 )
 MAX_INITIAL_TIMESTAMP = 1.0  # seconds: stock decoding never begins a window with a later one
@@ -240,14 +245,35 @@ def compose(corpus: Corpus, rng: random.Random, seconds: float) -> Window:
     )
 
 
-def stamped(sentences: list[tuple[str, float, float]], tokenizer: Tokenizer) -> list[int]:
-    """`<|start|> text <|end|>` for every sentence, times in steps of 0.02 s up to 30."""
-    tokens = []
-    for words, start, end in sentences:
-        first, last = (min(round(t / 0.02), 1500) for t in (start, end))
-        begin = tokenizer.timestamp_begin
-        tokens += [begin + first, *tokenizer.encode(" " + words), begin + last]
-    return tokens
+@dataclass(frozen=True)
+class Said:
+    """A token and the second in the window at which it is spoken, about; None: it is not."""
+
+    token: int
+    at: float | None = None
+
+
+def spoken(sentence: tuple[str, float, float], tokenizer: Tokenizer) -> list[Said]:
+    """The words of one (text, start s, end s), as if every letter took the same time."""
+    words, start, end = sentence
+    tokens = tokenizer.encode(" " + words)
+    lengths = np.array([len(tokenizer.decode([t])) for t in tokens])
+    middles = (np.cumsum(lengths) - lengths / 2) / lengths.sum()
+    return [Said(t, start + (end - start) * m) for t, m in zip(tokens, middles, strict=True)]
+
+
+def stamp(seconds: float, tokenizer: Tokenizer) -> Said:
+    """`<|seconds|>`, in steps of 0.02 s up to 30."""
+    return Said(tokenizer.timestamp_begin + min(round(seconds / 0.02), 1500), seconds)
+
+
+def stamped(sentences: list[tuple[str, float, float]], tokenizer: Tokenizer) -> list[Said]:
+    """`<|start|> text <|end|>` for every sentence."""
+    found = []
+    for sentence in sentences:
+        _, start, end = sentence
+        found += [stamp(start, tokenizer), *spoken(sentence, tokenizer), stamp(end, tokenizer)]
+    return found
 
 
 def prompt_of(corpus: Corpus, tokenizer: Tokenizer, rng: random.Random, times: bool) -> list[int]:
@@ -259,7 +285,7 @@ def prompt_of(corpus: Corpus, tokenizer: Tokenizer, rng: random.Random, times: b
     for text in texts:
         sentences.append((text, at, at + 0.35 * len(text.split())))
         at = sentences[-1][2] + rng.uniform(0.15, 1.0)
-    return stamped(sentences, tokenizer)[-MAX_PROMPT:]
+    return [said.token for said in stamped(sentences, tokenizer)][-MAX_PROMPT:]
 
 
 def tokens_of(
@@ -267,41 +293,44 @@ def tokens_of(
     tokenizer: Tokenizer,
     timestamps: bool,
     prompt: list[int] | None = None,
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[Said], list[Said]]:
     """(what the decoder is given, what it has to say next) as Whisper's training has them.
 
     No loss on the prompt. A cut sentence is its start time alone. A window without speech says
     `<|nospeech|>`, and then, given what stock decoding forces instead, `<|endoftext|>`.
     """
-    before = [tokenizer.sot_prev, *prompt] if prompt else []
+    before = [Said(t) for t in ([tokenizer.sot_prev, *prompt] if prompt else [])]
     if not window.sentences and window.cut is None:
         forced = tokenizer.timestamp_begin if timestamps else tokenizer.no_timestamps
-        given = [tokenizer.sot, forced]
-        said = [tokenizer.no_speech, tokenizer.eot]
+        given = [Said(tokenizer.sot), Said(forced)]
+        said = [Said(tokenizer.no_speech), Said(tokenizer.eot)]
     else:
         if timestamps:
             text = stamped(window.sentences, tokenizer)
             if window.cut is not None:
-                text.append(tokenizer.timestamp_begin + min(round(window.cut / 0.02), 1500))
+                text.append(stamp(window.cut, tokenizer))
             latest = tokenizer.timestamp_begin + round(MAX_INITIAL_TIMESTAMP / 0.02)
-            text[0] = min(text[0], latest)
+            text[0] = replace(text[0], token=min(text[0].token, latest))
         else:
-            words = " ".join(s[0] for s in window.sentences)
-            text = [tokenizer.no_timestamps, *tokenizer.encode(" " + words)]
-        given, said = [tokenizer.sot, *text], [*text, tokenizer.eot]
-    return before + given, [IGNORED] * len(before) + said
+            text = [Said(tokenizer.no_timestamps)]
+            text += [said for s in window.sentences for said in spoken(s, tokenizer)]
+        given, said = [Said(tokenizer.sot), *text], [*text, Said(tokenizer.eot)]
+    return before + given, [Said(IGNORED)] * len(before) + said
 
 
 @dataclass
 class Batch:
     """mel (B, 80, frames) float32; tokens and targets (B, n) rows of the compact table, IGNORED
-    where there is no loss; characters: the CTC targets, end to end, with their lengths."""
+    where there is no loss; characters: the CTC targets, end to end, with their lengths; given_at
+    and said_at (B, n): when tokens and targets are spoken, in seconds, NaN where they are not."""
 
     mel: Tensor
     tokens: Tensor
     targets: Tensor
     characters: Tensor
     character_lengths: Tensor
+    given_at: Tensor
+    said_at: Tensor
     decoder: bool
 
 
@@ -317,7 +346,7 @@ class Batches:
         _, decoder, lengths = next(phase for phase in CURRICULUM if step < phase[0])
         seconds, size, _ = rng.choices(lengths, [share for *_, share in lengths])[0]
         windows = [compose(self.corpus, rng, seconds) for _ in range(size)]
-        tokens, targets = [], []
+        tokens, targets, given_at, said_at = [], [], [], []
         for window in windows:
             # Without timestamps a cut sentence has no name: half of all, about, are without.
             timestamps = window.cut is not None or rng.random() < 0.3
@@ -325,8 +354,10 @@ class Batches:
             if rng.random() < (0.5 if seconds > 8 else 0.1 if seconds > 4 else 0):
                 prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
             given, said = tokens_of(window, self.tokenizer, timestamps, prompt)
-            tokens.append(torch.tensor([self.row[t] for t in given]))
-            targets.append(torch.tensor([self.row[t] for t in said]))
+            tokens.append(torch.tensor([self.row[t.token] for t in given]))
+            targets.append(torch.tensor([self.row[t.token] for t in said]))
+            for times, sequence in ((given_at, given), (said_at, said)):
+                times.append(torch.tensor([math.nan if t.at is None else t.at for t in sequence]))
         texts = [" ".join([*(s[0] for s in w.sentences), w.cut_text]).strip() for w in windows]
         characters = [[1 + CTC_ALPHABET.index(c) for c in text.lower()] for text in texts]
         pad = nn.utils.rnn.pad_sequence
@@ -336,6 +367,8 @@ class Batches:
             pad(targets, batch_first=True, padding_value=IGNORED),
             torch.tensor([c for row in characters for c in row]),
             torch.tensor([len(row) for row in characters]),
+            pad(given_at, batch_first=True, padding_value=math.nan),
+            pad(said_at, batch_first=True, padding_value=math.nan),
             decoder,
         )
 
@@ -351,28 +384,51 @@ class Trainee(nn.Module):
         nn.init.normal_(self.whisper.decoder.token_embedding.weight, std=0.02)
         nn.init.normal_(self.whisper.decoder.positional_embedding, std=0.01)
         self.log_unused = math.log(DIMS.n_vocab - n_used)
+        self.queries: dict[int, Tensor] = {}  # what the cross-attentions were asked, by layer
+        for layer, block in enumerate(self.whisper.decoder.blocks):
+            block.cross_attn.register_forward_pre_hook(partial(self._see, layer))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(cross-entropy, CTC), means over tokens and over characters; of a batch that the decoder
-        does not learn from the cross-entropy is 0."""
+    def _see(self, layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.queries[layer] = inputs[0]
+
+    def looks_elsewhere(self, layer: int, features: Tensor, at: Tensor) -> Tensor:
+        """- log of the share of head 0's cross-attention within NEAR seconds of `at`, the mean."""
+        attention = self.whisper.decoder.blocks[layer].cross_attn
+        width = DIMS.n_text_state // DIMS.n_text_head
+        q = attention.query(self.queries[layer])[..., :width]
+        k = attention.key(features.detach())[..., :width]
+        scores = (q @ k.transpose(1, 2)).float() * width**-0.5  # (B, n, frames)
+        seconds = 0.02 * torch.arange(k.shape[1])
+        near = (seconds - at[..., None]).abs() <= NEAR  # nowhere where `at` is NaN
+        known = near.any(-1)
+        inside = scores.masked_fill(~near, -math.inf)[known].logsumexp(-1)
+        return (scores[known].logsumexp(-1) - inside).sum() / known.sum().clamp(min=1)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """cross_entropy and ctc, means over tokens and over characters, and alignment; CTC alone of
+        a batch that the decoder does not learn from."""
         encoder = self.whisper.encoder
         frames = batch.mel.shape[-1] // 2
         encoder.positional_embedding = self.positions[:frames]
         features = encoder(batch.mel)
         encoder.positional_embedding = self.positions  # whole again, for the checkpoint
-        cross_entropy = torch.zeros(())
+        losses = {}
         if batch.decoder:
             logits = self.whisper.decoder(batch.tokens, features).float()
             logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
-            cross_entropy = F.cross_entropy(
+            losses["cross_entropy"] = F.cross_entropy(
                 logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED
+            )
+            losses["alignment"] = 0.5 * (
+                self.looks_elsewhere(0, features, batch.given_at)
+                + self.looks_elsewhere(DIMS.n_text_layer - 1, features, batch.said_at)
             )
         log_probs = self.ctc(features).float().log_softmax(-1).transpose(0, 1)
         lengths = torch.full((batch.mel.shape[0],), frames)
-        ctc = F.ctc_loss(
+        losses["ctc"] = F.ctc_loss(
             log_probs, batch.characters, lengths, batch.character_lengths, zero_infinity=True
         )
-        return cross_entropy, ctc
+        return losses
 
     def take_over(self, checkpoint: weights.Checkpoint, used: list[int]) -> None:
         """Start from an earlier `demo`: every tensor, and the rows of the tokens that it knew."""
@@ -442,30 +498,26 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     began = time.monotonic()
-    losses: list[tuple[float | None, float]] = []  # cross-entropy and CTC of the last steps
+    losses: list[dict[str, float]] = []  # of the last steps
     with open(args.out / "losses.jsonl", "a") as log:
         for step in range(first, args.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args.steps, args.decay)
             batch = batches(step)
             with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-                cross_entropy, ctc = model(batch)
-                loss = cross_entropy + CTC_WEIGHT * ctc
+                found = model(batch)
+                loss = sum(WEIGHTS[name] * value for name, value in found.items())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            losses.append((cross_entropy.item() if batch.decoder else None, ctc.item()))
+            losses.append({name: value.item() for name, value in found.items()})
             if (step + 1) % 20 == 0:
-                said, heard = (
-                    [v for v in values if v is not None] for values in zip(*losses, strict=True)
-                )
-                row = {
-                    "step": step + 1,
-                    "cross_entropy": round(sum(said) / len(said), 4) if said else None,
-                    "ctc": round(sum(heard) / len(heard), 4),
-                    "seconds": round(time.monotonic() - began, 1),
-                }
+                row: dict[str, float | None] = {"step": step + 1}
+                for name in WEIGHTS:
+                    known = [own[name] for own in losses if name in own]
+                    row[name] = round(sum(known) / len(known), 4) if known else None
+                row["seconds"] = round(time.monotonic() - began, 1)
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 print(row, file=sys.stderr)
