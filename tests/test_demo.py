@@ -13,13 +13,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import SAMPLES, sample_rows
+from whisper.audio import log_mel_spectrogram
 from whisper.tokenizer import get_tokenizer
 
 import weights
 from encoder.audio import load_audio
 from weights.demo import export, speech, text, train
 from weights.demo.evaluate import limits, table
-from weights.demo.train import Batches, Corpus, Trainee, Window, tokens_of, used_tokens
+from weights.demo.train import (
+    Batches,
+    Corpus,
+    Said,
+    Trainee,
+    Window,
+    tokens_of,
+    used_tokens,
+)
 
 FOLDER = Path(weights.__file__).parent / "demo"
 TOKENIZER = get_tokenizer(multilingual=False)
@@ -130,8 +139,12 @@ SOUND = np.zeros(16_000, np.float32)
 SENTENCES = [("the cat", 0.0, 0.5), ("a dog", 0.72, 1.0)]
 
 
-def spelt(tokens: list[int]) -> str:
-    return TOKENIZER.decode_with_timestamps([t for t in tokens if t != train.IGNORED])
+def ids(said: list[Said]) -> list[int]:
+    return [s.token for s in said]
+
+
+def spelt(said: list[Said]) -> str:
+    return TOKENIZER.decode_with_timestamps([t for t in ids(said) if t != train.IGNORED])
 
 
 def test_tokens_of_a_window_are_whispers():
@@ -140,8 +153,17 @@ def test_tokens_of_a_window_are_whispers():
     assert spelt(given) == "<|startoftranscript|>" + words
     assert spelt(said) == words + "<|endoftext|>"
     given, said = tokens_of(Window(SOUND, SENTENCES), TOKENIZER, timestamps=False)
-    assert TOKENIZER.decode(given) == "<|startoftranscript|><|notimestamps|> the cat a dog"
-    assert TOKENIZER.decode(said) == "<|notimestamps|> the cat a dog<|endoftext|>"
+    assert TOKENIZER.decode(ids(given)) == "<|startoftranscript|><|notimestamps|> the cat a dog"
+    assert TOKENIZER.decode(ids(said)) == "<|notimestamps|> the cat a dog<|endoftext|>"
+
+
+def test_every_token_is_known_to_be_spoken_in_its_sentence():
+    """`the cat` has eight letters with its spaces, two tokens of four each."""
+    _, said = tokens_of(Window(SOUND, SENTENCES), TOKENIZER, timestamps=True)
+    assert [s.at for s in said[:4]] == pytest.approx([0.0, 0.125, 0.375, 0.5])
+    assert said[-1].at is None  # <|endoftext|>
+    _, plain = tokens_of(Window(SOUND, SENTENCES), TOKENIZER, timestamps=False)
+    assert [s.at for s in plain[1:-1]] == [s.at for s in said if s.token < TOKENIZER.eot]
 
 
 def test_a_cut_sentence_is_its_start_alone():
@@ -158,8 +180,8 @@ def test_a_window_begins_no_later_than_stock_decoding_allows():
 def test_a_prompt_has_no_loss():
     prompt = TOKENIZER.encode(" red birds")
     given, said = tokens_of(Window(SOUND, SENTENCES), TOKENIZER, False, prompt)
-    assert given[: len(prompt) + 1] == [TOKENIZER.sot_prev, *prompt]
-    assert said[: len(prompt) + 1] == [train.IGNORED] * (len(prompt) + 1)
+    assert ids(given)[: len(prompt) + 1] == [TOKENIZER.sot_prev, *prompt]
+    assert ids(said)[: len(prompt) + 1] == [train.IGNORED] * (len(prompt) + 1)
     assert len(given) == len(said)
     assert given[len(prompt) + 2 :] == said[len(prompt) + 1 : -1]  # each says the next
 
@@ -168,8 +190,53 @@ def test_a_prompt_has_no_loss():
 def test_silence_is_no_speech_and_then_the_end(timestamps):
     given, said = tokens_of(Window(SOUND, []), TOKENIZER, timestamps)
     forced = TOKENIZER.timestamp_begin if timestamps else TOKENIZER.no_timestamps
-    assert given == [TOKENIZER.sot, forced]
-    assert said == [TOKENIZER.no_speech, TOKENIZER.eot]
+    assert ids(given) == [TOKENIZER.sot, forced]
+    assert ids(said) == [TOKENIZER.no_speech, TOKENIZER.eot]
+
+
+def test_after_a_recordings_end_the_mel_is_zero_as_transcribe_has_it():
+    sound = np.random.default_rng(1).standard_normal(16_000).astype(np.float32) / 9
+    rng = random.Random(1)
+    mel = Window(sound, SENTENCES, end=0.6).mel(rng)
+    assert mel.shape == (80, 100)
+    assert not mel[:, 60:].any()
+    assert mel[:, :60].all()
+    whole = log_mel_spectrogram(sound)
+    floors = {round(float(Window(sound, []).mel(rng).min() - whole.min()), 3) for _ in range(40)}
+    assert len(floors) > 5  # louder parts of a file raise it, in some
+    assert min(floors) == 0.0
+    assert max(floors) <= 0.5
+
+
+DECODER_STEP = next(until for until, decoder, _ in train.CURRICULUM if not decoder)
+
+
+def test_the_alignment_loss_is_small_where_the_head_looks_at_the_word(corpus: Corpus):
+    """Against attention written out; and without a step's decoder there is none."""
+    torch.manual_seed(1)
+    batches = Batches(corpus, TOKENIZER, 1)
+    model = Trainee(len(used_tokens(TOKENIZER))).eval()
+    assert model(batches(int(DECODER_STEP) - 1)).keys() == {"ctc"}
+    batch = batches(int(DECODER_STEP))
+    with torch.no_grad():
+        found = model(batch)
+        features = torch.randn(len(batch.mel), batch.mel.shape[-1] // 2, 384)
+        model.whisper.decoder(batch.tokens, features)
+        ours = model.looks_elsewhere(1, features, batch.said_at)
+        cross = model.whisper.decoder.blocks[1].cross_attn
+        weights_ = (
+            cross.query(model.queries[1])[..., :64] @ cross.key(features)[..., :64].mT / 8
+        ).softmax(-1)
+    shares = []
+    for row, times in zip(weights_, batch.said_at, strict=True):
+        for share, at in zip(row, times.tolist(), strict=True):
+            near = [f for f in range(len(share)) if abs(0.02 * f - at) <= train.NEAR]
+            if near:
+                shares.append(-float(share[near].sum().log()))
+    assert shares
+    assert float(ours) == pytest.approx(np.mean(shares), rel=0.02)  # a frame may fall on the edge
+    assert found.keys() == train.WEIGHTS.keys()
+    assert all(torch.isfinite(value) for value in found.values())
 
 
 @pytest.fixture
@@ -208,7 +275,7 @@ def test_the_compact_loss_is_the_full_softmax(corpus: Corpus, monkeypatch):
     torch.manual_seed(1)
     batches = Batches(corpus, TOKENIZER, 1)
     model = Trainee(len(used_tokens(TOKENIZER))).eval()
-    batch = batches(3)
+    batch = batches(int(DECODER_STEP))
     compact = torch.nn.functional.cross_entropy
     seen = {}
 
@@ -218,7 +285,7 @@ def test_the_compact_loss_is_the_full_softmax(corpus: Corpus, monkeypatch):
 
     monkeypatch.setattr(train.F, "cross_entropy", spy)
     with torch.no_grad():
-        cross_entropy, _ = model(batch)
+        cross_entropy = model(batch)["cross_entropy"]
         used = used_tokens(TOKENIZER)
         logits = seen["logits"].double()
         unused_logit = logits[:, -1:] - model.log_unused

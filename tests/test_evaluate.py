@@ -341,7 +341,12 @@ def test_quick_writes_no_report(ready, monkeypatch, capsys, tmp_path):
 def losses(count: int) -> list[dict[str, float]]:
     rng = random.Random(1)
     return [
-        {"step": 20 * (n + 1), "cross_entropy": 7 / (n + 1) + rng.random(), "ctc": 30 / (n + 1)}
+        {
+            "step": 20 * (n + 1),
+            "cross_entropy": 7 / (n + 1) + rng.random(),
+            "ctc": 30 / (n + 1),
+            "alignment": 9 / (n + 1),
+        }
         for n in range(count)
     ]
 
@@ -350,7 +355,7 @@ def losses(count: int) -> list[dict[str, float]]:
 def test_the_curves_are_in_the_picture(count):
     picture = ElementTree.fromstring(curves.svg(losses(count)))
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines:
         points = [tuple(map(float, p.split(","))) for p in line.get("points").split()]
         assert len(points) == count
@@ -360,6 +365,15 @@ def test_the_curves_are_in_the_picture(count):
     if count > 1:
         first, last = (float(p.split(",")[1]) for p in lines[2].get("points").split()[:: count - 1])
         assert first < last  # the CTC fell: lower on the page
+
+
+def test_a_loss_that_is_not_there_has_no_point():
+    """The decoder learns later than the encoder."""
+    rows = [row | {"cross_entropy": None, "alignment": None} for row in losses(9)]
+    rows += [row | {"step": row["step"] + 180} for row in losses(9)]
+    picture = ElementTree.fromstring(curves.svg(rows))
+    lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
+    assert [len(line.get("points").split()) for line in lines] == [9, 9, 18, 18, 9, 9]
 
 
 def test_a_resumed_runs_rows_count_once(tmp_path: Path):

@@ -2,9 +2,9 @@
 
     python -m weights.demo.curves --losses build/demo/run/losses.jsonl --out weights/demo/curves.svg
 
-Both losses of `weights.demo.train` over its steps, logarithmic: each row thin, a running mean bold.
+The losses of `weights.demo.train` over its steps, logarithmic: each row thin, a running mean bold.
 A step that a resumed run wrote again counts as it was written last; where the decoder did not learn
-there is no cross-entropy.
+there is CTC alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 34, 700, 352  # the axes
 CURVES = (  # key in a row, name, colour
     ("cross_entropy", "cross-entropy of a token", "#1f5fa8"),
     ("ctc", "CTC of a character", "#b5540a"),
+    ("alignment", "alignment of a token", "#3a7d34"),
 )
 SMOOTH = 9  # rows on either side in the running mean
 TICKS = 1, 2, 5
 
-Row = dict[str, Any]  # step and seconds; cross_entropy and ctc, or None
+Row = dict[str, Any]  # step, seconds, and the losses, some of them None
 
 
 def read_losses(path: Path) -> list[Row]:
@@ -61,7 +62,7 @@ def loss_ticks(low: float, high: float) -> list[float]:
 
 def svg(rows: Sequence[Row]) -> str:
     """The picture. ValueError without rows, or with a loss that is not above zero."""
-    values = [v for row in rows for key, *_ in CURVES if (v := row[key]) is not None]
+    values = [v for row in rows for key, *_ in CURVES if (v := row.get(key)) is not None]
     if not values or not all(0 < v < math.inf for v in values):
         raise ValueError("every row needs losses above zero, and there must be one")
     last_step = int(rows[-1]["step"])
@@ -99,7 +100,7 @@ def svg(rows: Sequence[Row]) -> str:
     parts.append(f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="#555555"/>')
     parts.append(f'<text x="{RIGHT}" y="{HEIGHT - 10}" text-anchor="end">step</text>')
     for n, (key, name, colour) in enumerate(CURVES):
-        known = [(row["step"], v) for row in rows if (v := row[key]) is not None]
+        known = [(row["step"], v) for row in rows if (v := row.get(key)) is not None]
         steps, own = [s for s, _ in known], [v for _, v in known]
         parts.append(line(steps, own, colour, 'stroke-width="0.8" stroke-opacity="0.35"'))
         parts.append(line(steps, running_mean(own), colour, 'stroke-width="2"'))
