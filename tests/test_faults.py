@@ -4,6 +4,7 @@ first where it says, and is called by its name or, where it has none, nothing. N
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -14,10 +15,10 @@ from conftest import SAMPLES, first_window
 from small import N_AUDIO_CTX, small_checkpoint, small_mel
 from test_fingerprints import NAMES, Bench, short
 from torch import Tensor
-from whisper.model import AudioEncoder, disable_sdpa
+from whisper.model import AudioEncoder, disable_sdpa, sinusoids
 
-from validation.faults import FAULTS, Fault, Twin, blocks, stem, weights
-from validation.faults.fault import seeded
+from validation.faults import FAULTS, Fault, Twin, blocks, stem, unseen, weights
+from validation.faults.fault import UNRECORDED, YARDSTICK, seeded
 from validation.fingerprints import PHRASES
 from validation.metrics import relative_l2
 from validation.reference import stock_encoder
@@ -27,6 +28,7 @@ from weights import Checkpoint
 MODULES = (stem, blocks, weights)
 OWN = [fault for module in MODULES for fault in module.FAULTS]
 ONE_LAYER = [fault for fault in OWN if "{layer}" in fault.first_tap]
+UNSEEN = [fault for fault in unseen.FAULTS if fault.how != "input"]
 
 
 def keys(faults: Iterable[Fault]) -> list[str]:
@@ -76,7 +78,10 @@ def test_the_catalogue_is_whole():
         assert fault.how in ("input", "weights", "code", "bridge")
         assert fault.cause is None or fault.cause in PHRASES, key
         assert fault.sentence.endswith("."), key
-        assert fault.seen, key
+        link = re.search(r"https://[\w./-]+[\w/]", fault.seen)
+        assert link or fault.seen in (UNRECORDED, YARDSTICK), key
+        assert fault.yardstick == (fault.seen == YARDSTICK), key
+        assert fault.unseen == (fault in unseen.FAULTS) == key.startswith("U-"), key
         assert (fault.first_tap == "") == (fault.how == "bridge"), key
     assert len({fault.sentence for fault in FAULTS.values()}) == len(FAULTS)
 
@@ -117,17 +122,56 @@ def test_it_can_be_made_in_one_layer(small: Checkpoint, right: dict[str, Tensor]
     assert where_they_differ(taps, right)[0] == fault.diverges_at(1)
 
 
+@pytest.fixture(scope="module")
+def four() -> Checkpoint:
+    """Four layers, as tiny has, and no model has fewer."""
+    return small_checkpoint(n_audio_layer=4)
+
+
+@pytest.mark.parametrize("fault", UNSEEN, ids=keys(UNSEEN))
+def test_the_unseen_show_where_they_say(four: Checkpoint, fault: Fault):
+    """What they are called is not tested: it is measured."""
+    taps, right = Twin(four, fault).taps(small_mel()), Twin(four).taps(small_mel())
+    assert where_they_differ(taps, right)[0] == fault.first_tap
+    assert taps.keys() == right.keys()
+    assert all(torch.isfinite(tap).all() for tap in taps.values())
+    assert relative_l2(taps["ln_post"], right["ln_post"]) > 1e-7
+
+
+def test_positions_of_another_step(four: Checkpoint):
+    """The formula is whisper's, up to the step."""
+    right = sinusoids(N_AUDIO_CTX, 128)
+    wrong = unseen.positions_of_another_step({"positional_embedding": right}, [])
+    table = wrong["positional_embedding"]
+    assert torch.allclose(table[:, [0, 64]], right[:, [0, 64]], atol=1e-6)  # frequency 1
+    frequency = torch.atan2(table[1, 63], table[1, 127])
+    assert float(frequency) == pytest.approx(10000 ** (-63 / 64), rel=1e-3)
+
+
+def test_steps_of_blocks_and_of_float8(four: Checkpoint):
+    name = "encoder.blocks.0.mlp.2.weight"
+    right = four.tensors[name]
+    wrong = FAULTS["U-blocks-of-32@5"].damage(four).tensors[name]
+    blocks, levels = right.reshape(-1, 32), wrong.reshape(-1, 32)
+    counts = levels / (blocks.abs().amax(1, keepdim=True) / 15)
+    assert float((counts - counts.round()).abs().max()) < 1e-4
+    assert torch.equal(counts.round().abs().amax(1), torch.full((len(counts),), 15.0))
+    wrong = FAULTS["U-float8"].damage(four).tensors[name]
+    error = ((wrong - right) / right)[right.abs() > right.abs().max() / 100].abs()
+    assert 0.05 < float(error.max()) <= 2**-4 + 1e-6
+
+
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=keys(FAULTS.values()))
-def test_weights_keep_names_shapes_and_types(small: Checkpoint, fault: Fault):
-    damaged = fault.damage(small)
-    assert damaged.tensors.keys() == small.tensors.keys()
-    changed = set(where_they_differ(damaged.tensors, small.tensors))
+def test_weights_keep_names_shapes_and_types(four: Checkpoint, fault: Fault):
+    damaged = fault.damage(four)
+    assert damaged.tensors.keys() == four.tensors.keys()
+    changed = set(where_they_differ(damaged.tensors, four.tensors))
     assert bool(changed) == (fault.how == "weights")
-    for name, tensor in small.tensors.items():
+    for name, tensor in four.tensors.items():
         assert damaged.tensors[name].shape == tensor.shape
         assert damaged.tensors[name].dtype == torch.float32
         assert damaged.tensors[name].is_contiguous()
-    assert where_they_differ(small_checkpoint().tensors, small.tensors) == []
+    assert where_they_differ(small_checkpoint(n_audio_layer=4).tensors, four.tensors) == []
 
 
 def test_random_numbers_are_the_same_in_every_process():
@@ -313,6 +357,27 @@ def test_noise_has_its_size(small: Checkpoint, right: dict[str, Tensor], fault: 
         assert size == pytest.approx(fault.strength, rel=0.1 if fault.strength < 1e-5 else 1e-2)
         channels = int(noise.abs().amax((0, 1)).count_nonzero())
         assert channels == (1 if "channel" in fault.id else noise.shape[2])
+
+
+@pytest.mark.parametrize("id_", ["E-e-all", "E-e-channel"])
+def test_noise_of_another_recording_is_another(small: Checkpoint, id_: str):
+    """Yet of all sizes it is the same, also where the taps before are noisy already."""
+    noise = {}
+    for seed in (2, 3):
+        mel = small_mel(seed)
+        right = Twin(small).taps(mel)
+        for size in ("0.001", "0.01"):
+            given = {n: x if n == "mel" else x * (1 + float(size)) for n, x in right.items()}
+            twin = Twin(small, FAULTS[f"{id_}@{size}"])
+            stage = next(s for s in stages(small.dims) if s.name == "blocks.1")
+            noise[seed, size] = twin.stage(stage, given) - Twin(small).stage(stage, given)
+    for seed in (2, 3):
+        one, ten = noise[seed, "0.001"], noise[seed, "0.01"]
+        assert float(F.cosine_similarity(one.flatten(), ten.flatten(), 0)) > 0.999
+    assert (
+        abs(float(F.cosine_similarity(noise[2, "0.01"].flatten(), noise[3, "0.01"].flatten(), 0)))
+        < 0.5
+    )
 
 
 def test_noise_of_another_size_is_the_same_noise(small: Checkpoint, right: dict[str, Tensor]):

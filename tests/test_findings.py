@@ -6,6 +6,7 @@ import io
 import json
 import math
 import random
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
 from typing import Any
@@ -15,8 +16,12 @@ import pytest
 from rich.console import Console
 
 from validation import findings as bench
-from validation.findings_page import cause_said, fault_row, linked, percent, tap_said
+from validation.findings_metrics import Point, correlation
+from validation.findings_page import linked
 from validation.findings_plot import names_of, svg_scatter
+from validation.findings_statistics import RESAMPLES, auc, samples, spearman, votes
+from validation.findings_terminal import fault_row
+from validation.findings_words import cause_said, percent, tap_said
 
 SVG = "{http://www.w3.org/2000/svg}"
 ABOUT = {
@@ -59,6 +64,10 @@ def row(
         "how": "weights",
         "sentence": "Something is wrong.",
         "recording": recording,
+        "injected": True,
+        "cut_off": False,
+        "unseen": False,
+        "yardstick": False,
         "detected": True,
         "first_tap": "conv1",
         "expected_first_tap": "conv1",
@@ -94,13 +103,27 @@ def bridge(fault: str = "S30", errors: int = 60) -> dict[str, Any]:
     nothing = ("first_tap", "expected_first_tap", "cause", "expected_cause", "explained", "at_tap")
     nothing += ("kl_mean", "kl_max", "same_top1")
     given = {"group": "bridge", "how": "bridge", "detected": False, **dict.fromkeys(nothing)}
-    return row(fault, relative=None, **given, **other_text(errors))
+    return row(fault, relative=None, **{**given, **other_text(errors)})
 
 
 def failed(fault: str = "S05", recording: str = "a") -> dict[str, Any]:
     given = {"failed": "ln_post has 384 values that are not finite", "kl_mean": None}
     given |= {"kl_max": None, "same_top1": None}
     return row(fault, recording, None, **given, **other_text(100))
+
+
+QUIET = {"detected": False, "first_tap": None, "cause": None, "at_tap": None}
+
+
+def nothing(fault: str = "E01", recording: str = "a", **given: Any) -> dict[str, Any]:
+    """A recording on which the fault changes nothing."""
+    return row(fault, recording, 0.0, **{"injected": False, "kl_mean": 0.0, **QUIET, **given})
+
+
+def noise(size: float, recording: str = "a", **given: Any) -> dict[str, Any]:
+    """A yardstick, of a strength that is its relative L2."""
+    given = {"strength": size, "yardstick": True, "cause": None, "expected_cause": None, **given}
+    return row(f"E-e@{size:g}", recording, size, **given)
 
 
 def on_max(difference: float | None, same: bool = True, **given: Any) -> dict[str, Any]:
@@ -207,9 +230,9 @@ def test_what_is_not_finite_is_none_before_and_after_it_was_written():
     exact = row("E02", final={**at_end(0.0), "sqnr_db": math.inf, "psnr_db": math.inf})
     of = found([nan, exact])
     assert of == found(of["rows"])
-    assert of["targets"]["detected"]["n"] == 1
-    assert gate_of([nan, exact], "SQNR >= 40 dB")["all"]["counts"]["benign"]["passes"] == 1
-    assert gate_of([nan, exact], "SQNR >= 40 dB")["all"]["counts"]["damaging"]["passes"] == 0
+    assert figure(of, "detected", "encoder")["ids"] == 1
+    counts = gate_of([nan, exact], "SQNR >= 40 dB", on="worst")["counts"]
+    assert (counts["benign"]["passes"], counts["damaging"]["passes"]) == (1, 0)
 
 
 def test_a_wrong_name_is_wrong_where_none_is_right():
@@ -221,6 +244,39 @@ def test_the_most_frequent_name_is_named():
     causes = ("b-cause", "a-cause", "b-cause", None)
     fault = only([row(recording=str(i), cause=cause) for i, cause in enumerate(causes)])
     assert fault["cause"] == "b-cause"
+
+
+def test_a_recording_on_which_nothing_changes_is_no_trial():
+    acting = [row("S07", relative=0.3, **other_text(20)), row("S07", "b", relative=0.1)]
+    clean = [nothing("S07", name, **on_max(None, detected=False)) for name in "cdef"]
+    left, right = only([*acting, *clean]), only(acting)
+    assert (left.pop("n"), right.pop("n")) == (6, 2)
+    assert left == right
+    assert (left["injected"], left["class"], left["max"]) == (2, "damaging", None)
+    both, one = found([*acting, *clean, *many()]), found([*acting, *many()])
+    for part in ("correlations", "gates", "thresholds", "sweeps", "misses"):
+        assert both[part] == one[part]
+    differ = [name for name in one["targets"] if one["targets"][name] != both["targets"][name]]
+    assert differ == ["false_alarms"]
+
+
+def test_a_fault_that_changes_nothing_anywhere_has_no_class():
+    of = found([nothing("E11@tf32"), nothing("E11@tf32", "b"), row("E11@int8")])
+    fault = of["faults"][1]
+    assert (fault["n"], fault["injected"], fault["class"], fault["detected"]) == (2, 0, None, None)
+    assert fault_row(fault)["first tap"] == "no change here"
+    assert "no change here" in printed(of)
+    assert "on which nothing changes: E11@tf32 (2 of 2)" in printed(of)
+    assert [point["fault"] for point in of["sweeps"][0]["points"]] == ["E11@int8"]
+    for gate in of["gates"]:
+        assert gate["all"]["median"]["counts"]["benign"]["n"] == 1
+
+
+def test_decoding_without_end_is_said():
+    rows = [bridge(), bridge() | {"recording": "b", "cut_off": True}]
+    assert only(rows)["cut_off"] == 1
+    assert "Decoding went on without end, and was stopped: S30 (1 of 2)" in printed(found(rows))
+    assert "went on" not in printed(found(rows[:1]))
 
 
 def test_two_rows_for_one_recording_are_refused():
@@ -239,44 +295,115 @@ def test_the_order_of_the_rows_changes_nothing():
 # Targets
 
 
-def target(rows: list[dict[str, Any]], name: str) -> tuple[float | None, bool | None, int]:
-    one = found(rows)["targets"][name]
-    return one["value"], one["met"], one["n"]
+def figure(of: dict[str, Any], name: str, over: str) -> dict[str, Any]:
+    (one,) = [one for one in of["targets"][name]["figures"] if one["over"] == over]
+    return one
+
+
+def target(rows: list[dict[str, Any]], name: str, over: str) -> tuple[float | None, bool | None]:
+    one = figure(found(rows), name, over)
+    return one["value"], one["met"]
 
 
 def test_what_changes_must_be_detected():
-    quiet = {"detected": False, "first_tap": None, "cause": None, "at_tap": None}
-    rows = [row(), row(recording="b", relative=2e-4, **quiet), row("E02", relative=1e-4, **quiet)]
-    assert target(rows, "detected") == (0.5, False, 2)
-    assert target([*rows[:1], rows[2]], "detected") == (1.0, True, 1)
-    assert target([*rows, failed(), bridge()], "detected") == (2 / 3, False, 3)
+    rows = [row(), row(recording="b", relative=2e-4, **QUIET), row("E02", relative=1e-4, **QUIET)]
+    assert target(rows, "detected", "encoder") == (0.5, False)
+    assert target([*rows[:1], rows[2]], "detected", "encoder") == (1.0, True)
+    assert target([*rows, failed(), bridge()], "detected", "encoder") == (0.75, False)
     (miss,) = found(rows)["misses"]
     assert (miss["kind"], miss["fault"], miss["recording"]) == ("not detected", "E01", "b")
 
 
+def test_a_vote_for_each_id_however_many_strengths_it_has():
+    """Four strengths of one id, all right, and a fault that is missed on one of two recordings: of
+    the rows 5 of 6 are right, of two votes one and a half."""
+    rows = [row(f"E11@int{i}") for i in range(4)]
+    rows += [row("E02"), row("E02", "b", first_tap="conv2")]
+    of = found(rows)
+    assert figure(of, "first_tap", "encoder")["value"] == 0.75
+    assert figure(of, "first_tap", "rows")["value"] == 5 / 6
+    assert [figure(of, "first_tap", "encoder")[k] for k in ("ids", "unseen", "rows")] == [2, 0, 6]
+    assert bench.missed(of, whole=False) == ["first_tap"]
+
+
+def test_yardsticks_and_the_input_stand_apart():
+    rows = [row("E01", first_tap="conv2"), row("S03", group="input", how="input")]
+    rows += [noise(10.0**-i) for i in range(4)]
+    of = found(rows)
+    values = {f["over"]: f["value"] for f in of["targets"]["first_tap"]["figures"]}
+    assert values == {"encoder": 0.0, "input": 1.0, "yardsticks": 1.0, "rows": 5 / 6}
+    assert of["targets"]["first_tap"]["value"] == 0.0
+    unseen_one = found([*rows, row("E02", unseen=True)])
+    assert figure(unseen_one, "first_tap", "encoder")["unseen"] == 1
+
+
+def test_the_input_is_judged_too():
+    rows = [row(), row("S03", group="input", how="input", first_tap="conv1.gelu")]
+    of = found(rows)["targets"]["first_tap"]
+    assert [f["met"] for f in of["figures"]] == [True, False, None, None]
+    assert (of["value"], of["met"]) == (1.0, False)
+
+
 def test_the_first_tap_at_its_border():
-    rows = [row(recording=str(i)) for i in range(20)]
+    rows = [row(f"E{i}") for i in range(20)]
     rows[0]["first_tap"] = "conv2"
-    assert target(rows, "first_tap") == (0.95, True, 20)
+    assert target(rows, "first_tap", "encoder") == (0.95, True)
     rows[1]["first_tap"] = "conv2"
-    assert target(rows, "first_tap") == (0.9, False, 20)
+    assert target(rows, "first_tap", "encoder") == (0.9, False)
     named = [(m["kind"], m["expected"], m["named"]) for m in found(rows)["misses"]]
     assert named == [("first tap", "conv1", "conv2")] * 2
 
 
 def test_unknown_causes_and_wrong_ones_are_counted_apart():
-    rows = [row(recording=str(i)) for i in range(8)]
+    rows = [row(f"E0{i}") for i in range(8)]
     rows[0]["cause"], rows[1]["cause"] = None, "bias-missing"
-    rows += [row("E02", expected_cause=None, cause=c, recording=str(c)) for c in (None, "x")]
-    assert target(rows, "cause_right") == (6 / 8, False, 8)
-    assert target(rows, "cause_wrong") == (2 / 10, False, 10)
+    rows += [row("E10", expected_cause=None, cause=c, recording=str(c)) for c in (None, "x")]
+    assert target(rows, "cause_right", "mistakes") == (6 / 8, False)
+    assert target(rows, "cause_unknown", "mistakes") == (1 / 8, None)
+    assert target(rows, "cause_wrong", "mistakes") == (1.5 / 9, False)
+    assert target(rows, "cause_wrong", "rows") == (2 / 10, None)
     assert [m["kind"] for m in found(rows)["misses"]] == ["cause unknown"] + ["cause wrong"] * 2
 
 
+def test_causes_of_unseen_faults_come_first_and_are_not_judged():
+    """The known strength of E24 is named, its unseen one is not: half a vote of all, none of the
+    unseen; an unseen yardstick is no mistake."""
+    rows = [row("E24@a"), row("E24@b", cause=None, unseen=True), row("E01")]
+    rows += [row("E02", cause="x", unseen=True), row("E03", unseen=True, yardstick=True)]
+    of = found(rows)
+    first = {name: of["targets"][name]["figures"][0] for name in of["targets"]}
+    right, unknown, wrong = (first[f"cause_{kind}"] for kind in ("right", "unknown", "wrong"))
+    assert {one["over"] for one in (right, unknown, wrong)} == {"unseen"}
+    assert (right["value"], unknown["value"], wrong["value"]) == (0.0, 0.5, 0.5)
+    assert (right["ids"], right["unseen"], right["rows"], right["met"]) == (2, 2, 2, None)
+    assert figure(of, "cause_right", "mistakes")["value"] == 0.5
+    assert of["targets"]["cause_right"]["value"] == 0.5
+
+
 def test_few_wrong_names_are_allowed():
-    rows = [row(recording=str(i)) for i in range(50)]
+    rows = [row(f"E{i}") for i in range(50)]
     rows[0]["cause"] = "bias-missing"
-    assert target(rows, "cause_wrong") == (0.02, True, 50)
+    assert target(rows, "cause_wrong", "mistakes") == (0.02, True)
+    rows[1] |= {"recording": "b", "cause": "x"}
+    assert target(rows, "cause_wrong", "mistakes") == (0.04, False)
+
+
+def test_a_yardstick_must_not_be_given_a_cause():
+    rows = [row(), noise(0.1), noise(0.2, cause="weight-rounded")]
+    assert target(rows, "cause_wrong", "mistakes") == (0.0, True)
+    assert target(rows, "cause_wrong", "yardsticks") == (0.5, False)
+    assert bench.missed(found(rows), whole=False) == ["cause_wrong"]
+    assert target(rows[:2], "cause_wrong", "yardsticks") == (0.0, True)
+
+
+@pytest.mark.parametrize("given", [{"detected": True}, on_max(0.0, detected=True)])
+def test_an_alarm_where_nothing_changes_is_false(given: dict[str, Any]):
+    quiet = nothing(recording="b", **on_max(0.0, detected=False))
+    assert target([row(), quiet], "false_alarms", "rows") == (0.0, True)
+    of = found([row(), quiet, nothing(recording="c", **given)])
+    assert figure(of, "false_alarms", "rows")["value"] == 0.5
+    assert "false_alarms" in bench.missed(of, whole=False)
+    assert [m["kind"] for m in of["misses"]] == ["false alarm"]
 
 
 def test_max_must_agree():
@@ -286,15 +413,17 @@ def test_max_must_agree():
         row(recording="c", **on_max(0.001, same=False)),
         row("E02", relative=1e-5, **on_max(0.9)),
     ]
-    assert target(rows, "max_agreement") == (1 / 3, False, 3)
-    assert target(rows, "max_agreement_all") == (1 / 4, None, 4)
-    assert target(rows, "faults_on_max")[0] == 2
+    assert target(rows, "max_agreement", "all") == (1 / 3, False)
+    assert target(rows, "max_agreement_all", "all") == (1 / 6, None)
+    assert target(rows, "max_agreement_all", "rows") == (1 / 4, None)
+    assert target(rows, "faults_on_max", "mistakes") == (2, False)
     first, second = found(rows)["faults"]
     assert first["max"]["relative_difference"] == 0.011
     assert (first["max"]["same_first_tap"], first["max"]["agrees"]) == (2 / 3, 1 / 3)
     assert second["max"]["n"] == 1
     kinds = [m["kind"] for m in found(rows)["misses"]]
     assert kinds == ["MAX", "MAX", "MAX, within 0.0001"]
+    assert target([noise(0.1, **on_max(0.1))], "max_agreement", "all") == (0.0, False)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +431,14 @@ def test_max_must_agree():
 )
 def test_max_agrees_where_there_is_no_ratio(ours: float | None, twin: float | None, agreed: int):
     ran = on_max(None, final_relative_l2=ours, twin_relative_l2=twin)
-    assert target([row(**ran)], "max_agreement_all")[0] == agreed
+    assert target([row(**ran)], "max_agreement_all", "all")[0] == agreed
+
+
+def test_distinct_faults_are_mistakes():
+    rows = [*many(49), bridge(), noise(0.1), noise(0.2), nothing("E99")]
+    assert target(rows, "distinct_faults", "mistakes") == (50, True)
+    assert target(rows, "distinct_faults", "yardsticks") == (1, None)
+    assert target(rows[:-4], "distinct_faults", "mistakes") == (49, False)
 
 
 def test_a_run_of_some_faults_is_not_held_to_the_whole_catalogue():
@@ -315,15 +451,32 @@ def test_a_run_of_some_faults_is_not_held_to_the_whole_catalogue():
 # Sweeps
 
 
-def test_numbers_are_swept_in_their_order():
+def swept(strengths: Iterable[tuple[float, float, bool]]) -> dict[str, Any]:
     rows = []
-    for strength, changed in ((10.0, True), (0.5, True), (0.1, True), (0.01, False), (2.0, False)):
+    for strength, relative, changed in strengths:
         text = other_text(5) if changed else {}
-        rows.append(row(f"E-e@{strength:g}", relative=strength, **text) | {"strength": strength})
+        rows.append(row(f"S@{strength:g}", relative=relative, **text) | {"strength": strength})
     (sweep,) = found(rows)["sweeps"]
-    assert [point["strength"] for point in sweep["points"]] == [0.01, 0.1, 0.5, 2.0, 10.0]
-    assert (sweep["same_tokens_up_to"], sweep["other_tokens_from"]) == (2.0, 0.1)
-    assert sweep["points"][1]["wer"] == 0.05
+    return sweep
+
+
+def test_strengths_on_both_sides_are_swept_away_from_the_right_value():
+    """Factors: 1.01 and 0.99 are nearest to the right one."""
+    factors = ((0.5, 0.5, True), (0.9, 0.1, False), (0.99, 0.01, False), (1.01, 0.01, False))
+    sweep = swept([*factors, (1.1, 0.1, False), (2.0, 1.0, True)])
+    assert [point["strength"] for point in sweep["points"]] == [0.99, 1.01, 0.9, 1.1, 0.5, 2.0]
+    assert (sweep["same_tokens_up_to"], sweep["other_tokens_from"]) == (1.1, 0.5)
+    assert sweep["monotone"]
+    assert sweep["points"][4]["wer"] == 0.05
+
+
+def test_a_sweep_that_is_not_monotone_says_so():
+    sweep = swept([(0.01, 0.01, False), (0.1, 0.1, True), (2, 2, False), (0.5, 0.5, True)])
+    assert (sweep["same_tokens_up_to"], sweep["other_tokens_from"]) == (0.01, 0.1)
+    assert (sweep["monotone"], sweep["same_again"]) == (False, [2])
+    rows = [noise(0.1, **other_text(3)), noise(0.2)]
+    said = "Some tokens differ from 0.1 on; not monotone: all are the same again at 0.2."
+    assert said in bench.tables(found(rows))["sweeps"]
 
 
 def test_words_are_swept_by_the_error_they_cause():
@@ -354,34 +507,47 @@ def plainly(x: Iterable[float], y: Iterable[float]) -> float:
 def test_spearman_by_hand():
     """Ranks 1 2 3 4 5 against 2 1 4 3 5: 1 - 6 * 4 / (5 * 24) = 0.8."""
     x, y = np.array([1.0, 2, 3, 4, 5]), np.array([20.0, 10, 40, 30, math.inf])
-    assert bench.spearman(x, y, np.ones(5)) == pytest.approx(0.8)
+    assert spearman(x, y, np.ones(5)) == pytest.approx(0.8)
 
 
 def test_a_weight_is_a_point_taken_so_often():
     rng = np.random.default_rng(5)
     x, y = rng.integers(0, 5, 30).astype(float), rng.integers(0, 4, 30).astype(float)
     weights = rng.integers(0, 4, (6, 30)).astype(float)
-    for one, rho in zip(weights, bench.spearman(x, y, weights), strict=True):
+    for one, rho in zip(weights, spearman(x, y, weights), strict=True):
         taken = np.repeat(np.arange(30), one.astype(int))
         assert rho == pytest.approx(plainly(x[taken], y[taken]), abs=1e-12)
 
 
 def test_what_is_all_alike_correlates_with_nothing():
-    assert np.isnan(bench.spearman(np.array([1.0, 2, 3]), np.zeros(3), np.ones(3)))
+    assert np.isnan(spearman(np.array([1.0, 2, 3]), np.zeros(3), np.ones(3)))
+
+
+@pytest.mark.parametrize("n", [3, 7, 11])
+def test_what_is_all_alike_but_for_rounding_is_all_alike(n: int):
+    """Votes of a third and a tenth do not add up exactly."""
+    weights = votes(["a"] * n + ["b"] * 10 + ["c"] * 3)
+    x = np.arange(n + 13.0)
+    assert np.isnan(spearman(x, np.zeros(n + 13), weights))
+    assert spearman(x, x, weights) == pytest.approx(1)
+
+
+def test_an_id_has_one_vote():
+    assert votes(["a", "b", "a", "a"]) == pytest.approx([1 / 3, 1, 1 / 3, 1 / 3])
 
 
 def test_auc_counts_pairs():
     """Above: 3 > 1, 3 > 2, 2 > 1; alike: 2 and 2. (3 + 0.5) / 4."""
     values, positive = np.array([1.0, 2, 2, 3]), np.array([False, False, True, True])
-    assert bench.auc(values, positive, np.ones(4)) == pytest.approx(3.5 / 4)
+    assert auc(values, positive, np.ones(4)) == pytest.approx(3.5 / 4)
     twice = np.array([1.0, 1, 1, 2])  # 5 and a half of 6
-    assert bench.auc(values, positive, twice) == pytest.approx(5.5 / 6)
+    assert auc(values, positive, twice) == pytest.approx(5.5 / 6)
 
 
 def test_the_bootstrap_draws_whole_ids():
     ids = ["a", "b", "a", "c", "b", "a"]
-    weights = np.concatenate(list(bench.samples(ids, 0)))
-    assert weights.shape == (bench.RESAMPLES, 6)
+    weights = np.concatenate(list(samples(ids, 0)))
+    assert weights.shape == (RESAMPLES, 6)
     assert (weights[:, [0, 0]] == weights[:, [2, 5]]).all()
     assert (weights[:, 1] == weights[:, 4]).all()
     assert (weights[:, [0, 1, 3]].sum(1) == 3).all()
@@ -389,24 +555,42 @@ def test_the_bootstrap_draws_whole_ids():
 
 
 def test_strengths_of_one_sweep_do_not_narrow_the_interval():
-    """Ten points of the same id are one: the interval is that of the six ids."""
+    """Nine points of the same id are one: all is as without them."""
     once = many(8, 1)
     copies = [
         {**one, "fault": f"{one['id']}@{i:g}", "strength": float(i)}
         for one in once
         for i in range(9)
     ]
-    plain = found(once)["correlations"]["faults"]["all"]["relative_l2"]
-    swept = found(copies)["correlations"]["faults"]["all"]["relative_l2"]
-    assert (plain["n"], swept["n"], plain["ids"], swept["ids"]) == (8, 72, 8, 8)
-    for key in ("rho", "low", "high"):
-        assert swept[key] == pytest.approx(plain[key], abs=1e-9)
+    for scope in ("mistakes", "all"):
+        plain = found(once)["correlations"][scope]["relative_l2"]
+        swept = found(copies)["correlations"][scope]["relative_l2"]
+        assert (plain["n"], swept["n"], plain["ids"], swept["ids"]) == (8, 72, 8, 8)
+        for key in ("rho", "low", "high"):
+            assert swept[key] == pytest.approx(plain[key], abs=1e-9)
+
+
+def test_yardsticks_and_many_strengths_do_not_make_the_headline():
+    """Among the mistakes error and WER run against each other; noise of 30 strengths, and one
+    mistake of 30, run with each other."""
+    rows = [row(f"E{i}", relative=10.0**-i, **other_text(10 * i + 1)) for i in range(6)]
+    rows += [noise(1e-4 * i, **other_text(i)) for i in range(1, 31)]
+    alone = found(rows)
+    assert alone["correlations"]["mistakes"]["relative_l2"]["rho"] == pytest.approx(-1)
+    assert alone["correlations"]["rows"]["relative_l2"]["rho"] == pytest.approx(-1)
+    assert alone["correlations"]["all"]["relative_l2"]["rho"] > 0
+    one = [{**r, "yardstick": False} for r in rows[6:]]
+    voted = found([*rows[:6], *one])["correlations"]
+    assert voted["mistakes"]["relative_l2"]["rho"] < 0 < voted["all"]["relative_l2"]["rho"]
+    limits = alone["thresholds"]
+    assert (limits["mistakes"]["relative_l2"]["n"], limits["all"]["relative_l2"]["n"]) == (6, 36)
+    assert limits["mistakes"]["relative_l2"]["auc"] == 0
 
 
 def test_correlations():
     rows = [*many(), bridge(), failed()]
     of = found(rows)["correlations"]
-    over = of["faults"]["all"]["relative_l2"]
+    over = of["mistakes"]["relative_l2"]
     faults = [f for f in found(rows)["faults"] if f["relative_l2"]["median"] is not None]
     assert over["n"] == over["ids"] == 12
     assert over["rho"] == pytest.approx(
@@ -414,11 +598,11 @@ def test_correlations():
     )
     assert -1 <= over["low"] < over["rho"] < over["high"] <= 1
     assert over["stronger"] is None
-    assert of["rows"]["all"]["relative_l2"]["n"] == 36
-    assert of["rows"]["inside"]["relative_l2"]["n"] == 27
-    assert of["faults"]["inside"]["relative_l2"]["ids"] == 9
-    assert of["faults"]["all"]["sqnr_db"]["rho"] == pytest.approx(-over["rho"])
-    assert of["faults"]["all"]["sqnr_db"]["stronger"]["value"] == pytest.approx(0)
+    assert of["rows"]["relative_l2"]["n"] == 36
+    assert of["rows"]["relative_l2"]["ids"] == 12
+    assert of["encoder"]["relative_l2"]["ids"] == 9
+    assert of["mistakes"]["sqnr_db"]["rho"] == pytest.approx(-over["rho"])
+    assert of["mistakes"]["sqnr_db"]["stronger"]["value"] == pytest.approx(0)
 
 
 def test_intervals_have_a_seed():
@@ -427,7 +611,7 @@ def test_intervals_have_a_seed():
     assert one == found(rows)["correlations"]
     other = found(rows, seed=4)["correlations"]
     assert (one["seed"], other["seed"]) == (3, 4)
-    ours, theirs = (of["faults"]["all"]["relative_l2"] for of in (one, other))
+    ours, theirs = (of["mistakes"]["relative_l2"] for of in (one, other))
     assert ours["rho"] == theirs["rho"]
     assert (ours["low"], ours["high"]) != (theirs["low"], theirs["high"])
 
@@ -437,10 +621,8 @@ def test_an_interval_holds_the_true_value():
     rng, hits, true = np.random.default_rng(0), 0, 6 / math.pi * math.asin(0.7 / 2)
     for _ in range(20):
         x, y = rng.multivariate_normal([0, 0], [[1, 0.7], [0.7, 1]], 60).T
-        points = [
-            (f"E{i}", "stem", float(y[i]), {"relative_l2": float(x[i])}) for i in range(len(x))
-        ]
-        of = bench.correlation("relative_l2", points, 0)
+        points = [Point(f"E{i}", float(y[i]), {"relative_l2": float(x[i])}) for i in range(60)]
+        of = correlation("relative_l2", points, 0)
         hits += of["low"] <= true <= of["high"]
     assert hits >= 16
 
@@ -448,8 +630,11 @@ def test_an_interval_holds_the_true_value():
 # Gates
 
 
-def gate_of(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    return next(gate for gate in found(rows)["gates"] if gate["name"] == name)
+def gate_of(
+    rows: list[dict[str, Any]], name: str, scope: str = "mistakes", on: str = "median"
+) -> dict[str, Any]:
+    (gate,) = [gate for gate in found(rows)["gates"] if gate["name"] == name]
+    return gate[scope][on]
 
 
 def test_gates_let_faults_through_and_stop_them():
@@ -462,21 +647,21 @@ def test_gates_let_faults_through_and_stop_them():
         failed("E06"),
         bridge("S30"),
     ]
-    gate = gate_of(rows, "relative L2 <= 1e-2")["median"]
+    gate = gate_of(rows, "relative L2 <= 1e-2")
     assert gate["lets_through"] == {"ruinous": ["E01"], "damaging": ["E02"]}
     assert gate["stops"] == ["E03"]
     assert gate["counts"] == {
-        "benign": {"n": 2, "passes": 1},
-        "wording": {"n": 1, "passes": 1},
-        "damaging": {"n": 1, "passes": 1},
-        "ruinous": {"n": 2, "passes": 1},
+        "benign": {"n": 2, "passes": 1, "stopped": 1},
+        "wording": {"n": 1, "passes": 1, "stopped": 0},
+        "damaging": {"n": 1, "passes": 1, "stopped": 0},
+        "ruinous": {"n": 2, "passes": 1, "stopped": 1},
     }
-    decibels = gate_of(rows, "SQNR >= 40 dB")["median"]
+    decibels = gate_of(rows, "SQNR >= 40 dB")
     assert decibels["lets_through"] == gate["lets_through"]
-    assert gate_of(rows, "PSNR >= 35 dB")["median"]["stops"] == []
-    assert gate_of(rows, "atol 1e-2")["median"]["lets_through"]["ruinous"] == ["E01"]
-    assert gate_of(rows, "atol 1e-2")["median"]["lets_through"]["damaging"] == []
-    verdict = gate_of(rows, "this suite's verdict")["median"]
+    assert gate_of(rows, "PSNR >= 35 dB")["stops"] == []
+    assert gate_of(rows, "atol 1e-2")["lets_through"]["ruinous"] == ["E01"]
+    assert gate_of(rows, "atol 1e-2")["lets_through"]["damaging"] == []
+    verdict = gate_of(rows, "this suite's verdict")
     assert verdict["lets_through"] == {"ruinous": [], "damaging": []}
     assert verdict["stops"] == ["E03", "E04"]
     assert found(rows)["beyond_gates"] == ["S30"]
@@ -484,21 +669,34 @@ def test_gates_let_faults_through_and_stop_them():
 
 def test_a_gate_on_the_median_and_on_all_recordings():
     rows = [row(recording=str(i), relative=r) for i, r in enumerate((1e-5, 1e-5, 1.0))]
-    gate = gate_of(rows, "relative L2 <= 1e-4")
-    assert (gate["median"]["stops"], gate["all"]["stops"]) == ([], ["E01"])
+    stops = [gate_of(rows, "relative L2 <= 1e-4", on=on)["stops"] for on in ("median", "worst")]
+    assert stops == [[], ["E01"]]
+
+
+def test_gates_count_ids_among_mistakes_and_leave_out_yardsticks():
+    """Two of three strengths of one ruinous fault pass, and one ruinous fault without any."""
+    rows = [row(f"E11@int{i}", relative=10.0 ** (i - 4), **other_text(50)) for i in range(1, 4)]
+    rows += [row("E02", relative=1e-5, **other_text(60)), noise(1e-3, **other_text(70))]
+    gate = gate_of(rows, "relative L2 <= 1e-2")
+    assert gate["counts"]["ruinous"] == {"n": 2, "passes": 2, "stopped": 1}
+    assert gate["lets_through"]["ruinous"] == ["E02", "E11@int1", "E11@int2"]
+    everything = gate_of(rows, "relative L2 <= 1e-2", scope="all")
+    assert everything["counts"]["ruinous"] == {"n": 5, "passes": 4, "stopped": 1}
 
 
 def test_what_failed_on_most_recordings_passes_no_gate():
     rows = [failed("E01", "a"), failed("E01", "b"), row(recording="c", relative=0.0)]
     for gate in found(rows)["gates"]:
-        assert gate["median"]["counts"]["ruinous"] == {"n": 1, "passes": 0}
+        counts = gate["mistakes"]["median"]["counts"]
+        assert counts["ruinous"] == {"n": 1, "passes": 0, "stopped": 1}
 
 
 def test_an_exact_result_passes_every_gate():
     quiet = {"detected": False, "first_tap": None, "cause": None, "at_tap": None}
     rows = [row(relative=0.0, **quiet)]
     for gate in found(rows)["gates"]:
-        assert gate["all"]["counts"]["benign"] == {"n": 1, "passes": 1}
+        counts = gate["mistakes"]["worst"]["counts"]
+        assert counts["benign"] == {"n": 1, "passes": 1, "stopped": 0}
 
 
 def test_the_best_limit_separates():
@@ -510,21 +708,33 @@ def test_the_best_limit_separates():
         row("E03", relative=1e-2),
         row("E04", relative=1e-1, **other_text(50)),
     ]
-    best = found(rows)["thresholds"]["relative_l2"]
+    best = found(rows)["thresholds"]["mistakes"]["relative_l2"]
     assert (best["limit"], best["next"], best["youden"]) == (1e-4, 1e-3, 0.5)
     assert (best["stops"], best["passes"]) == (1.0, 0.5)
     assert best["auc"] == pytest.approx(0.75)
     assert (best["low"], best["high"]) == (None, None)
-    decibels = found(rows)["thresholds"]["sqnr_db"]
+    decibels = found(rows)["thresholds"]["mistakes"]["sqnr_db"]
     assert (decibels["limit"], decibels["next"]) == pytest.approx((80, 60))
     assert not decibels["at_most"]
     assert decibels["auc"] == pytest.approx(0.75)
 
 
+def test_a_limit_gives_each_id_one_vote():
+    """Of two ruinous faults one has three strengths, all above the benign one: 3 / 3 of its vote
+    and none of the other's."""
+    rows = [row(f"E11@int{i}", relative=0.1 * i, **other_text(50)) for i in range(1, 4)]
+    rows += [row("E02", relative=1e-5, **other_text(60)), row("E03", relative=1e-3)]
+    best = found(rows)["thresholds"]
+    stops = [best[scope]["relative_l2"]["stops"] for scope in ("mistakes", "all")]
+    assert stops == pytest.approx([0.5, 0.75])
+    assert best["mistakes"]["relative_l2"]["auc"] == pytest.approx(0.5)
+    assert best["all"]["relative_l2"]["auc"] == pytest.approx(0.75)
+
+
 def test_a_perfect_metric():
     rows = [row(f"E{i}", relative=10.0 ** (i - 6)) for i in range(5)]
     rows += [row(f"S{i}", relative=10.0**i, **other_text(50)) for i in range(5)]
-    best = found(rows)["thresholds"]["relative_l2"]
+    best = found(rows)["thresholds"]["mistakes"]["relative_l2"]
     assert (best["youden"], best["auc"], best["low"], best["high"]) == (1, 1, 1, 1)
     assert (best["limit"], best["next"]) == (1e-2, 1)
 
@@ -537,6 +747,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "two faults": [row(), row("E02", **other_text(10))],
     "bridge alone": [bridge()],
     "failed alone": [failed()],
+    "nothing changes": [nothing(), nothing("E02"), nothing("E03", "b")],
+    "yardsticks alone": [noise(0.1**i, **other_text(i)) for i in range(5)],
     "exact": [row(relative=0.0), row("E02", relative=0.0), row("E03", relative=0.0)],
     "no transcript": [
         row(f"E{i}", relative=0.1**i, tokens_identical=None, wer=None, wer_truth=None, kl_mean=None)
@@ -550,6 +762,13 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "awkward": [row("E<&|>", sentence="a | <b> \x1b[31m `c` é", **on_max(None))],
     "many": [*many(), bridge(), failed(), row("E11@int8", **other_text(9)), row("E11@float16")],
 }
+CASES["of all kinds"] = [
+    *CASES["many"],
+    *CASES["yardsticks alone"],
+    row("E24", unseen=True, cause=None),
+    nothing("E25"),
+    bridge("S31") | {"cut_off": True},
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -581,12 +800,12 @@ def test_tables_are_tables(case: str):
 
 def test_undefined_statistics_are_none():
     of = found([row(), row("E02", relative=0.2)])
-    rho = of["correlations"]["faults"]["all"]["relative_l2"]
+    rho = of["correlations"]["mistakes"]["relative_l2"]
     assert (rho["rho"], rho["low"], rho["n"], rho["ids"]) == (None, None, 2, 2)
-    assert of["thresholds"]["relative_l2"]["auc"] is None
+    assert of["thresholds"]["mistakes"]["relative_l2"]["auc"] is None
     alike = found([row(f"E{i}", relative=0.1**i) for i in range(8)])  # no text differs
-    assert alike["correlations"]["faults"]["all"]["relative_l2"]["rho"] is None
-    few = found(many(4))["correlations"]["faults"]["all"]["relative_l2"]
+    assert alike["correlations"]["mistakes"]["relative_l2"]["rho"] is None
+    few = found(many(4))["correlations"]["mistakes"]["relative_l2"]
     assert few["rho"] is not None
     assert few["low"] is None
 
@@ -606,9 +825,23 @@ def test_the_terminal_has_a_line_for_each_fault():
     first = [line.split()[0] for line in text.splitlines() if line.strip()]
     for name in ("E00", "E11", "S05", "S30"):
         assert name in first
-    assert "detected, of what changes ln_post by more than 0.0001: 100 %" in text
+    assert (
+        "detected, of what changes ln_post by more than 0.0001: mistakes in the encoder 100 % (9 "
+        "ids; at least 100 %: met); mistakes of the input 100 % (2 ids; at least 100 %: met); all "
+        "rows 100 % (31)\n"
+    ) in text
     assert "SQNR >= 40 dB lets through" in text
     assert "This suite's verdict lets through 0 of" in text
+
+
+def test_the_honest_figure_of_a_target_comes_first():
+    text = printed(found([row("E24", unseen=True, cause=None), *(row(f"E0{i}") for i in range(4))]))
+    assert (
+        "cause named right, of what is detected and has a name: unseen mistakes 0 % (1 id); "
+        "mistakes 80 % (5 ids; at least 80 %: met); all rows 80 % (5)\n"
+    ) in text
+    assert "distinct faults: mistakes 5 (at least 50: missed); unseen mistakes 1; yards" in text
+    assert "MAX agrees with the twin, however little changes: not measured\n" in text
 
 
 def test_a_narrow_terminal_drops_columns():
@@ -662,8 +895,18 @@ def test_where_it_was_seen_is_a_link():
     assert linked("vllm-project/vllm#12342; candle") == (
         "[vllm-project/vllm#12342](https://github.com/vllm-project/vllm/issues/12342); candle"
     )
+    given = "first https://github.com/a/b/pull/12, then (https://docs.rs/c_d?x=1&y=2#z)."
+    assert linked(given) == (
+        "first [a/b#12](https://github.com/a/b/pull/12), then "
+        "([docs.rs/c_d?x=1&amp;y=2#z](https://docs.rs/c_d?x=1&amp;y=2#z))."
+    )
+    assert linked("https://github.com/a/b") == "[a/b](https://github.com/a/b)"
+    assert linked("javascript:x a_b *c*") == "javascript:x a_b \\*c\\*"
     known = row("E17", group="blocks", how="code")
-    assert "https://github.com/vllm-project/vllm/issues/12342" in bench.markdown(found([known]))
+    assert re.search(
+        r"\(https://github\.com/vllm-project/vllm/(issues|pull)/12342\)",
+        bench.markdown(found([known])),
+    )
 
 
 def test_misses_of_one_kind_share_a_line():
@@ -736,6 +979,24 @@ def test_a_sweep_is_a_line():
     lines = [p for p in picture.iter(f"{SVG}path") if p.attrib["class"] == "sweep weights"]
     assert len(lines) == 1
     assert lines[0].attrib["d"].count("L") == 1
+
+
+def test_a_yardstick_is_hollow():
+    picture = svg_scatter(found([row(), noise(0.1)]), "relative_l2")
+    hollow = [
+        group.attrib["data-fault"]
+        for group in ET.fromstring(picture).iter(f"{SVG}g")
+        if "yardstick" in group.findall(f"{SVG}path")[-1].attrib["class"]
+    ]
+    assert hollow == ["E-e@0.1"]
+    assert "hollow" in picture
+    assert "hollow" not in svg_scatter(found([row()]), "relative_l2")
+
+
+def test_what_changes_nothing_is_not_drawn():
+    picture = svg_scatter(found([row(), nothing("E02")]), "relative_l2")
+    assert set(dots(picture)) == {"E01"}
+    assert "1 without a WER, or that change nothing, are not drawn" in picture
 
 
 def test_names_do_not_cover_each_other():

@@ -8,6 +8,7 @@ says why; 130: interrupted.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import platform
@@ -40,11 +41,16 @@ from validation.parity import PACKAGES, ParityError, commit, processor
 from validation.recordings import Recording, RecordingsError, bundled, from_files, variants
 from validation.reference import ReferenceBroken
 from validation.report import dumps, write
-from validation.trials import Bench, BenchError, Row, prepare
+from validation.trials import Bench, BenchError, Row, discard, prepare
 from weights import Checkpoint, WeightsError
 
 PASSED, MISSED, CANNOT, INTERRUPTED = 0, 1, 2, 130
-METRICS = ("relative_l2", "kl", "sqnr")  # plots of --svg
+PLOTS = ("relative_l2", "kl", "sqnr")  # of --svg
+LEDGER = "trials.jsonl"
+VERSIONS = (*PACKAGES, "scipy")
+ROOT = Path(__file__).parent.parent
+# What rows depend on; the findings only read them.
+CODE = ("decoder_bridge/*.py", "encoder/*.py", "validation/**/*.py", "weights/*.py")
 SHORT_RECORDINGS = 3
 SHORT = (  # of every group, harmless and ruinous
     "S03",
@@ -86,9 +92,9 @@ ERRORS = (
 
 EPILOG = """\
 exit status: 0 every target holds, 1 one is missed, 2 it cannot be measured, 130 interrupted
-Rows go to OUT/trials.jsonl fault by fault, and a run with the same recordings, weights and seed
-goes on after those that are there; after a change to a fault measure anew, with --restart. Besides,
-OUT takes 370 MB a recording for tiny.
+Rows go to OUT/trials.jsonl fault by fault, and a run with the same recordings, weights, packages
+and code goes on after those that are there; else measure anew, with --restart. Besides, OUT takes
+370 MB a recording for tiny.
 
 example: python -m validation faults --group stem --jobs 2
 """
@@ -113,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--jobs", type=int, default=1, help="processes that share the faults (1)")
     add("--out", type=Path, help="the folder for rows and references (build/faults)")
-    add("--restart", action="store_true", help="drop all that is in the folder, measure anew")
+    add("--restart", action="store_true", help="drop what was measured there, measure anew")
     add("--no-max", action="store_true", help="on the PyTorch twin alone, not on MAX")
     add("--seed", type=int, default=0, help="of the variants and of the statistics (0)")
     add("--json", type=Path, help="write the findings here")
@@ -133,16 +139,30 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--jobs must be 1 or more")
     if args.seed < 0:
         parser.error("--seed must be 0 or more")
+    if args.svg is not None and not args.svg.is_dir():
+        parser.error(f"{args.svg} is no folder")
     files = [path for path in (args.json, args.markdown) if path is not None]
     for path in files:
         if not path.parent.is_dir():
             parser.error(f"{path} cannot be written: {path.parent} is no folder")
         if path.is_dir():
             parser.error(f"{path} is a folder, a file is expected")
-        if files.count(path) > 1 or str(path) in args.audio:
+    read = [*args.audio, args.truth, folder_of(args) / LEDGER]
+    if Path(args.model).is_file():
+        read.append(args.model)
+    kept = {Path(path).resolve() for path in read if path is not None}
+    for path in [*files, *plots_of(args)]:
+        if path.resolve() in kept:
             parser.error(f"{path} is named twice")
-    if args.svg is not None and not args.svg.is_dir():
-        parser.error(f"{args.svg} is no folder")
+        kept.add(path.resolve())
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    return args.out or Path("build", "faults-short" if args.short else "faults")
+
+
+def plots_of(args: argparse.Namespace) -> list[Path]:
+    return [] if args.svg is None else [args.svg / f"{plot}.svg" for plot in PLOTS]
 
 
 def chosen(args: argparse.Namespace) -> list[str]:
@@ -156,7 +176,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
             ids = dict.fromkeys(fault.id for fault in FAULTS.values())
             raise BenchError(f"{unknown[0]!r} is no fault, expected some of {', '.join(ids)}")
         keys = [key for key in keys if key in names or FAULTS[key].id in names]
-    elif args.short and args.group is None:
+    elif args.short:
         keys = [key for key in keys if key in SHORT]
     if args.group is not None:
         groups = dict.fromkeys(fault.group for fault in FAULTS.values())
@@ -164,7 +184,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
             raise BenchError(f"{args.group!r} is no group, expected one of {', '.join(groups)}")
         keys = [key for key in keys if FAULTS[key].group == args.group]
         if not keys:
-            raise BenchError(f"none of {args.faults} is of the group {args.group}")
+            raise BenchError(f"none of those faults is of the group {args.group}")
     return keys
 
 
@@ -195,6 +215,15 @@ def listened_to(args: argparse.Namespace) -> list[Recording]:
     return found[:SHORT_RECORDINGS] if args.short else found
 
 
+def code() -> str:
+    """SHA-256 of the sources that rows depend on, in the order of their names."""
+    found = hashlib.sha256()
+    files = {path for pattern in CODE for path in ROOT.glob(pattern)}
+    for path in sorted(path for path in files if not path.name.startswith("findings")):
+        found.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
 def header_of(
     checkpoint: Checkpoint, recordings: Sequence[Recording], args: argparse.Namespace
 ) -> dict[str, Any]:
@@ -203,9 +232,10 @@ def header_of(
         "schema": 1,
         "weights": checkpoint.source.sha256,
         "recordings": [{"name": r.name, "sha256": r.sha256, "text": r.text} for r in recordings],
-        "seed": args.seed,
+        "seed": None if args.variants is None else args.seed,
         "max": not args.no_max,
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": {package: version(package) for package in VERSIONS},
+        "code": code(),
         "limits": {name.lower(): value for name, value in vars(limits).items() if name.isupper()},
     }
 
@@ -219,6 +249,26 @@ def prepared_with(bar: str) -> Any:
     return progress
 
 
+def said(error: Exception) -> str:
+    """What one of ERRORS or an OSError says, as one sentence."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def trial(bench: Bench, key: str) -> list[Row]:
+    """The rows of a fault; BenchError, with its key, where they cannot be measured."""
+    try:
+        return bench.trial(FAULTS[key])
+    except (*ERRORS, OSError) as error:
+        raise BenchError(f"{key}: {said(error)}") from error
+
+
+def threads_of(jobs: int) -> int:
+    """Of each process, when so many share the processors."""
+    return torch.get_num_threads() if jobs <= 1 else max(1, (os.cpu_count() or 1) // jobs)
+
+
 def work(
     settings: dict[str, Any], recordings: list[Recording], folder: Path, tasks: Any, results: Any
 ) -> None:
@@ -230,9 +280,9 @@ def work(
         bench = Bench(checkpoint, recordings, folder, settings["on_max"])
         parent = multiprocessing.parent_process()
         while (key := tasks.get()) is not None and parent is not None and parent.is_alive():
-            results.put((bench.trial(FAULTS[key]), None))
-    except ERRORS as error:
-        results.put((None, str(error)))
+            results.put((trial(bench, key), None))
+    except (*ERRORS, OSError) as error:
+        results.put((None, said(error)))
 
 
 def answer(results: Any, processes: Sequence[BaseProcess]) -> list[Row]:
@@ -265,7 +315,7 @@ def measured(
     if jobs <= 1:
         bench = Bench(checkpoint, recordings, folder, not args.no_max, prepared_with("preparing"))
         for key in keys:
-            yield bench.trial(FAULTS[key])
+            yield trial(bench, key)
         return
     prepare(checkpoint, recordings, folder, not args.no_max, prepared_with("preparing"))
     context = multiprocessing.get_context("spawn")
@@ -273,7 +323,7 @@ def measured(
     for task in [*keys, *[None] * jobs]:
         tasks.put(task)
     settings = {
-        "threads": max(1, (os.cpu_count() or 1) // jobs),
+        "threads": threads_of(jobs),
         "model": args.model,
         "offline": args.offline,
         "on_max": not args.no_max,
@@ -306,18 +356,29 @@ def about(
     began: float,
 ) -> dict[str, Any]:
     """What the findings say of the run. `seconds`: of this one, which may have found rows of other
-    runs; `seconds_of_trials`: of all rows, processes that worked side by side added up."""
+    runs; `seconds_of_trials`: of all rows, processes that worked side by side added up; `clips`: of
+    how many, and how many distinct ones, the recordings are put together; `threads`: of each
+    process."""
+    clips = [clip for recording in recordings for clip in recording.clips]
+    jobs = min(args.jobs, len({row["fault"] for row in rows}))
     return {
         "model": Path(checkpoint.source.name).name,
         "weights_sha256": checkpoint.source.sha256,
         "recordings": [
-            {"name": r.name, "seconds": r.seconds, "words": r.words, "audio_sha256": r.sha256}
+            {
+                "name": r.name,
+                "seconds": r.seconds,
+                "words": r.words,
+                "clips": list(r.clips),
+                "audio_sha256": r.sha256,
+            }
             for r in recordings
         ],
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "clips": {"distinct": len(set(clips)), "used": len(clips)},
+        "versions": {p: version(p) for p in VERSIONS} | {"python": platform.python_version()},
         "cpu": processor(),
         "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        "threads": threads_of(jobs),
         "jobs": args.jobs,
         "command": command,
         "commit": commit(),
@@ -334,7 +395,7 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], bool]:
     recordings = listened_to(args)
     checkpoint = weights.load(args.model, offline=args.offline)
     keys = measurable(keys, checkpoint)
-    folder = args.out or Path("build", "faults-short" if args.short else "faults")
+    folder = folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
     try:
@@ -342,13 +403,12 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], bool]:
     except Timeout as error:
         raise BenchError(f"another run measures in {folder}") from error
     with lock:
-        ledger = Ledger(
-            folder / "trials.jsonl", header_of(checkpoint, recordings, args), args.restart
-        )
-        with closing(ledger):
+        header = header_of(checkpoint, recordings, args)
+        with closing(Ledger(folder / LEDGER, header, args.restart)) as ledger:
+            prepared = folder / "prepared"
+            prepared.mkdir(exist_ok=True)
             if args.restart:
-                for old in [*folder.glob("*.safetensors"), *folder.glob("*-max.json")]:
-                    old.unlink()
+                discard(prepared)
             left = [key for key in keys if key not in ledger.rows]
             bar = tqdm(
                 total=len(keys),
@@ -359,7 +419,7 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], bool]:
             )
             with bar:
                 if left:
-                    for rows in measured(left, checkpoint, recordings, folder, args):
+                    for rows in measured(left, checkpoint, recordings, prepared, args):
                         ledger.add(rows)
                         bar.update()
     order = {recording.name: i for i, recording in enumerate(recordings)}
@@ -371,16 +431,20 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], bool]:
 
 
 def deliver(found: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the findings and write the files that were asked for; OSError goes up."""
-    findings.terminal(found, Console() if sys.stdout.isatty() else Console(width=140))
-    sys.stdout.flush()
+    """Print the findings and write the files that were asked for; raises BenchError where they
+    cannot be printed, OSError where a file cannot be written."""
+    try:
+        findings.terminal(found, Console() if sys.stdout.isatty() else Console(width=140))
+        sys.stdout.flush()
+    except OSError as error:  # the terminal or the pipe
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  else Python tries again as it ends
+        raise BenchError(f"the findings cannot be printed: {error.strerror}") from error
     if args.json is not None:
         write(args.json, dumps(found))
     if args.markdown is not None:
         write(args.markdown, findings.markdown(found))
-    if args.svg is not None:
-        for metric in METRICS:
-            write(args.svg / f"{metric}.svg", findings.svg_scatter(found, metric))
+    for plot, path in zip(PLOTS, plots_of(args), strict=False):
+        write(path, findings.svg_scatter(found, plot))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -392,14 +456,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found, whole = run(args, command)
         deliver(found, args)
-    except ERRORS as error:
-        print(f"validation faults: {error}", file=sys.stderr)
-        return CANNOT
-    except OSError as error:
-        of = error.filename or "the findings cannot be printed"
-        print(f"validation faults: {of}: {error.strerror}", file=sys.stderr)
-        if error.filename is None:  # the terminal or the pipe: else Python tries again as it ends
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except (*ERRORS, OSError) as error:
+        print(f"validation faults: {said(error)}", file=sys.stderr)
         return CANNOT
     except KeyboardInterrupt:
         print("validation faults: interrupted; the same command goes on", file=sys.stderr)

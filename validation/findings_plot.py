@@ -8,9 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from validation.findings_page import (
-    GROUPS,
-    METRICS,
+from validation.findings_rows import GROUPS, METRICS
+from validation.findings_words import (
     Found,
     decibel,
     error_said,
@@ -36,6 +35,7 @@ SCATTER_CSS = f"""
 {" ".join(f"svg .{group}{{--hue:var(--{group})}}" for group in GROUPS)}
 svg .any{{--hue:var(--soft)}}
 svg .mark{{fill:var(--hue);stroke:var(--bg);stroke-width:.8;fill-opacity:.85}}
+svg .yardstick{{fill:var(--bg);stroke:var(--hue);stroke-width:1.1}}
 svg .sweep{{fill:none;stroke:var(--hue);stroke-width:1.2;stroke-opacity:.55}}
 svg text.name{{fill:var(--hue);font-size:10px}}
 svg .gate{{stroke:var(--soft);fill:none;stroke-dasharray:5 4}}
@@ -70,6 +70,11 @@ class Dot:
     @property
     def group(self) -> str:
         return str(self.fault["group"])
+
+    @property
+    def kind(self) -> str:
+        """The classes of its mark: a yardstick is hollow."""
+        return f"mark {self.group}{' yardstick' * self.fault['yardstick']}"
 
 
 def wer_height(wer: float, base: float, top: float, most: float) -> float:
@@ -129,7 +134,8 @@ PLACES = (  # of a label beside its dot
 
 def names_of(dots: list[Dot], area: tuple[float, float, float, float]) -> str:
     """Labels where there is room: single faults and the worst of each sweep by id, then the others
-    of a sweep by strength, a number only where the WER is not 0; of each the largest WER first."""
+    of a sweep by strength, a number only where the WER is not 0; of each mistakes before
+    yardsticks, and the largest WER first."""
     taken = [(dot.x - 3, dot.y - 3, dot.x + 3, dot.y + 3) for dot in dots]
     worst: dict[str, Dot] = {}
     for dot in sorted(dots, key=lambda dot: (-dot.y, dot.x)):
@@ -145,7 +151,7 @@ def names_of(dots: list[Dot], area: tuple[float, float, float, float]) -> str:
         return strength(value) if isinstance(value, str) or dot.fault["wer"]["wer"] else ""
 
     drawn = ""
-    for dot in sorted(dots, key=lambda dot: (within(dot), dot.y)):
+    for dot in sorted(dots, key=lambda dot: (within(dot), dot.fault["yardstick"], dot.y)):
         said = said_of(dot)
         for dx, dy, at in PLACES if said else ():
             covered = box(dot.x + dx, dot.y + dy, said, at)
@@ -179,7 +185,7 @@ def uprights(found: Found, name: str, axis: Axis, top: float, base: float) -> st
         for gate in found["gates"]
         if gate["metric"] == name
     ]
-    best = found["thresholds"][name]["limit"]
+    best = found["thresholds"]["mistakes"][name]["limit"]
     if best is not None:
         limits.append(("best", best, f"best {limit_said(name, best)}"))
     drawn, taken = "", list[tuple[float, float, float, float]]()
@@ -258,7 +264,7 @@ def svg_scatter(found: Found, metric: str) -> str:
         drawn += (
             f'<g data-fault="{esc(dot.fault["fault"])}"><title>{esc(dot_said(dot.fault))}</title>'
             f"{stem if above else ''}"
-            f'<path class="mark {dot.group}" d="M{dot.x:.1f} {dot.y:.1f}{shape}"/></g>'
+            f'<path class="{dot.kind}" d="M{dot.x:.1f} {dot.y:.1f}{shape}"/></g>'
         )
     drawn += names_of(dots, (left + 1, top + 1, right - 1, base - 1))
     drawn += names_of(aside, (right + 13, top + 1, width - 11, base - 1))
@@ -272,12 +278,16 @@ def svg_scatter(found: Found, metric: str) -> str:
     drawn += line("best", at + 80, 18, at + 104, 18)
     drawn += words(at + 110, 22, "best limit (Youden)")
     drawn += line("sweep any", at + 240, 18, at + 264, 18) + words(at + 270, 22, "one sweep")
+    if any(dot.fault["yardstick"] for dot in [*dots, *aside]):
+        drawn += f'<path class="mark any yardstick" d="M{at + 350:.1f} 18{MARKS["weights"]}"/>'
+        drawn += words(at + 360, 22, "hollow: yardstick")
     undrawn = len(found["faults"]) - len(faults)
     if undrawn:
-        drawn += words(width - 20, height - 6, f"{undrawn} without a WER are not drawn", "end")
+        said = f"{undrawn} without a WER, or that change nothing, are not drawn"
+        drawn += words(width - 20, height - 6, said, "end")
     if not faults:
         drawn += words((left + right) / 2, middle, "no fault has a WER", "middle", "strong")
     style = f"<style>{PLOT_CSS}{SCATTER_CSS}</style>{rect('ground', 0, 0, width, height)}"
-    label = f"{METRICS[name][0]} against WER, {len(faults)} faults"
+    label = f"{METRICS[name].label} against WER, {len(faults)} faults"
     made = svg(width, height, label, style + drawn)
     return made.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"

@@ -73,7 +73,7 @@ PHRASES = {
     "mel-bins-doubled": "mirrored FFT bins added to their twins",
     "mel-htk": "the HTK mel scale in place of Slaney's{also}",
     "mel-norm-missing": "mel filters without Slaney's norm",
-    "mel-filter-count": "the first bins of {of}",
+    "mel-filter-count": "the first bins of {of}{also}",
     "mel-added": "{added:g} added under the logarithm in place of a clamp at 1e-10",
     "mel-last-frame": "the STFT's last frame kept before the maximum is taken",
     "mel-silence-padding": "silence in place of 0.0 after the audio",
@@ -81,8 +81,8 @@ PHRASES = {
     "mel-z-score": "each bin brought to mean 0 and standard deviation 1{also}",
     "mel-samples-scaled": "the samples times {times}",
     "mel-resampled": "linear resampling from {rate} Hz",
-    "mel-one-channel": "one channel of two: twice the samples in {heard} of {frames} frames,"
-    " silence in the others",
+    "mel-one-channel": "one channel of two, in which one speaker is {loud:.3g} times as loud as in"
+    " their mean and the other {soft:.3g} times",
     # conv
     "conv-middle-tap": "the middle tap of each kernel alone",
     "conv-outer-tap": "tap {tap} of each kernel alone, under input frame {at} of 0, 1, 2",
@@ -93,6 +93,7 @@ PHRASES = {
     "conv-shifted": "the kernel moved by {shift:+d} input frames (padding on one side)",
     "conv-stride-missing": "stride 1 in place of 2, cut to length",
     "conv-padding": "{pad} frames in place of zeros at the edges",
+    "conv-edges": "other values in {wrong}, where the kernel reads padding, and in no other frame",
     # gelu
     "gelu-tanh": "the tanh form of GELU",
     "gelu-relu": "ReLU in place of GELU",
@@ -234,7 +235,7 @@ _table(
         ),
     ),
     ("mel-norm-missing", lambda c: h.with_recipe(c, norm=False), h.if_samples([{}])),
-    ("mel-filter-count", h.first_filters, h.with_more_filters),
+    ("mel-filter-count", h.first_filters, h.with_other_filters),
     ("mel-added", h.added_under_log, h.if_samples(_ADDED)),
     ("mel-natural-log", h.natural_log_of_samples, h.if_samples(_LOGS_OF_SAMPLES)),
     ("mel-decibel", h.decibels_of_samples, h.if_samples([{}])),
@@ -256,7 +257,7 @@ _table(
         h.resampled,
         h.if_samples(each("rate", 8000, 11025, 22050, 24000, 44100)),
     ),
-    ("mel-one-channel", h.channel, h.one_channel),
+    ("mel-one-channel", h.channel, h.one_channel, SCALAR),
     ("mel-unscaled", h.log10_power),
     ("mel-natural-log", h.natural_log, _LOGS),
     ("mel-decibel", lambda c: 40 * (c.expected - c.expected.max())),
@@ -280,6 +281,7 @@ _table(
     ("conv-stride-missing", lambda c: h.conv(c, c.weight, stride=1)),
     ("conv-padding", lambda c, pad: h.conv(c, c.weight, pad=pad), each("pad", *h.PADDINGS)),
     ("weight-transposed", lambda c, also: h.conv(c, c.weight.transpose(0, 1)), h.only_square),
+    ("conv-edges", h.own_edges, h.edges, VECTOR),
 )
 _table(
     "gelu",

@@ -28,6 +28,7 @@ PADDINGS = ("repeated", "reflected")
 COVERED = 40.0
 FAR = 0.1  # too far for float32's noise to matter
 CLOSE = 2e-2  # how near a tensor has to be to be worth a prediction with all frames
+FEWEST_BINS = 8  # of a frame that are to tell how loud it is
 
 Option = dict[str, Any]
 
@@ -138,14 +139,19 @@ def with_recipe(c: Case, also: str = "", **changed: Any) -> Tensor:
     return told(c, filled(c, frontend.scaled(log)))
 
 
-def with_more_filters(c: Case) -> list[Option]:
-    return [{"of": 128}] if c.audio is not None and c.whole.y.shape[1] < 128 else []
+def with_other_filters(c: Case) -> list[Option]:
+    """Those of the other models: 128 bins, as in large-v3, or 80."""
+    other: dict[int, Option] = {80: {"of": 128}, 128: {"of": 80, "also": ", and 0.0 above"}}
+    found = other.get(c.whole.y.shape[1])
+    return [found] if c.audio is not None and found else []
 
 
-def first_filters(c: Case, of: int) -> Tensor:
+def first_filters(c: Case, of: int, also: str = "") -> Tensor:
     """The loudest of all filters sets the floor, also where it is not among the first."""
     mel = spectrogram(c) @ frontend.filters(WHISPER, of).T
-    return told(c, filled(c, frontend.scaled(frontend.log10(mel))[:, : c.whole.y.shape[1]]))
+    n_mels = c.whole.y.shape[1]
+    log = frontend.scaled(frontend.log10(mel))[:, :n_mels]
+    return told(c, filled(c, F.pad(log, (0, n_mels - log.shape[1]))))
 
 
 def added_under_log(c: Case, added: float) -> Tensor:
@@ -240,25 +246,39 @@ def resampled(c: Case, rate: int) -> Tensor:
 
 
 def one_channel(c: Case) -> list[Option]:
-    """Silent frames where the reference has sound: a channel in which nobody speaks meanwhile."""
+    """How much louder than their mean one channel of two holds one speaker, `loud`, and how much
+    softer another, `soft`: the median of the frames of either. In the mean both channels have a
+    speaker as loud as himself, so that the two add up to 2."""
     if c.audio is None or not content(c):
         return []
-    y, right = c.y[: content(c)], c.expected[: content(c)]
-    silent = (y <= y.min() + 1e-6).all(1)
-    lost = silent & (right > right.min() + 1e-3).any(1)
-    if not lost.any() or silent.all():
+    y = c.y[: content(c)]
+    log = (frontend.log10(mel_power(c))[: len(y)] + 4) / 4
+    clear = (y > y.min() + 1e-3) & (log > log.min() + 1e-3)  # of either floor
+    gains = torch.where(clear, 10 ** (2 * (y - log)), math.nan).nanmedian(1).values
+    gains = gains[clear.sum(1) >= FEWEST_BINS]
+    loud, soft = gains[gains > 1], gains[gains < 1]
+    if not len(loud):
         return []
-    return [{"silent": silent, "heard": int((~silent).sum()), "frames": content(c)}]
+    near = float(loud.median())
+    far = float(soft.median()) if len(soft) else 0.0
+    return [{"loud": near, "soft": far}] if near > 1.01 and abs(near + far - 2) < 0.01 else []
 
 
-def channel(c: Case, silent: Tensor, **_: int) -> Tensor:
-    """The mean of two channels of which one is silent has half the amplitude of the other. Frames
-    next to silence hold a part of a sound: nothing is said of them."""
-    y = c.y[: len(silent)]
-    log = (frontend.log10(4 * mel_power(c))[: len(silent)] + 4) / 4
-    log = log.clamp(min=float(y.max()) - frontend.RANGE / 4)
-    near = F.max_pool1d(silent[None].double(), 7, stride=1, padding=3)[0].bool() & ~silent
-    log = torch.where(silent[:, None], y.min(), log)
+def channel(c: Case, loud: float, soft: float) -> Tensor:
+    """Each frame is the one speaker or the other, whichever is nearer; where they change, a frame
+    holds a part of both, and nothing is said of it."""
+    y = c.y[: content(c)]
+    floor = float(y.max()) - frontend.RANGE / 4
+    power = mel_power(c)[: len(y)]
+    logs = [(frontend.log10(power * g**2) + 4) / 4 for g in (loud, soft)]
+    first, second = (log.clamp(min=floor) for log in logs)
+    one = (y - first).abs().sum(1) <= (y - second).abs().sum(1)
+    apart = (first - second).abs().amax(1) > 1e-3  # else both are at the floor
+    last = torch.where(apart, torch.arange(len(y)), -1).cummax(0).values.clamp(min=0)
+    one = one[last]  # where nothing tells them apart, as before
+    changes = F.pad((one[1:] != one[:-1]).double(), (1, 0))
+    near = F.max_pool1d(changes[None], 7, stride=1, padding=3)[0].bool()
+    log = torch.where(one[:, None], first, second)
     return filled(c, torch.where(near[:, None], math.nan, log))
 
 
@@ -284,6 +304,22 @@ def conv(c: Case, kernel: Tensor, **how: Any) -> Tensor:
 def one_tap(c: Case, tap: int, at: int) -> Tensor:
     """One tap of each kernel alone, under input frame `at` of the three."""
     return columns(c)[:, at] @ c.weight[:, :, tap].T + c.bias
+
+
+def reads_padding(c: Case) -> Tensor:
+    """(frames,): whether the kernel reaches beyond the first input frame or the last."""
+    at = c.index * c.stage.stride
+    return (at == 0) | (at == len(c.full(c.stage.inputs[0])) - 1)
+
+
+def edges(c: Case) -> list[Option]:
+    frames = c.index[reads_padding(c)].tolist()
+    return [{"wrong": "frame " + " and frame ".join(map(str, frames))}]
+
+
+def own_edges(c: Case, wrong: str) -> Tensor:
+    """What the candidate has there, whatever it is; all other frames are right."""
+    return torch.where(reads_padding(c)[:, None], c.y, c.expected)
 
 
 def only_square(c: Case) -> list[Option]:

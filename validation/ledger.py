@@ -31,7 +31,7 @@ class Ledger:
 
     header  what was measured on what; "recordings" is a list of objects with a "name"
     Raises LedgerError where the file has another header, unless `restart`, which drops all of it,
-    and where it is damaged; OSError goes up.
+    where it is damaged, and where it cannot be written to.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], restart: bool = False):
@@ -40,8 +40,14 @@ class Ledger:
         if path.exists() and not restart:
             self._read()
         text = "".join(line(row) for own in self.rows.values() for row in own)
-        write(path, line(self.header) + text)
-        self._file = path.open("a", encoding="utf-8")
+        try:
+            write(path, line(self.header) + text)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: OSError) -> LedgerError:
+        return LedgerError(f"{self.path} cannot be written: {error.strerror}")
 
     def _read(self) -> None:
         """What is whole; a last line that was cut off is left out, and a fault of which a row is
@@ -78,9 +84,13 @@ class Ledger:
 
     def add(self, rows: Sequence[Row]) -> None:
         """All rows of one fault, in one piece; they are on the disk when this returns."""
-        self._file.write("".join(map(line, rows)))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        text = "".join(map(line, rows)).encode()
+        try:
+            while text:
+                text = text[self._file.write(text) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._not_written(error) from error
         self.rows[rows[0]["fault"]] = list(rows)
 
     def close(self) -> None:

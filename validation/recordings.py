@@ -11,8 +11,8 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ FEWEST = 12  # bundled recordings, at least
 PIECE = 20  # seconds of a long recording that make one of ours, about
 SHORTEST = 12  # seconds of single sentences that make one, at least; fewer only if they are
 CLIPS = (3, 5)  # so many sentences, at least and at most
+WINDOW = N_SAMPLES / SAMPLE_RATE  # 30 s
+AUDIBLE = 0.1  # of the loudest sample: with less, the last sound has faded out
 TWO_WINDOWS = 45  # seconds
 SLOWEST = 0.85  # speed of a variant; it makes more of a recording than 3 s of silence before it
 
@@ -37,11 +39,19 @@ class RecordingsError(Exception):
 
 @dataclass(frozen=True)
 class Recording:
-    """`audio` of at most 30 s, but from `joined`; `text` is what is said in the whole of it."""
+    """`audio` of at most 30 s, but from `joined`; `text` is what is said in the whole of it.
+
+    clips  the recordings that it is put together of, by name; itself where it is not
+    """
 
     name: str
     audio: np.ndarray
     text: str | None
+    parts: tuple[str, ...] = ()
+
+    @property
+    def clips(self) -> tuple[str, ...]:
+        return self.parts or (self.name,)
 
     @property
     def seconds(self) -> float:
@@ -62,7 +72,8 @@ def bundled(folder: Path = SAMPLES) -> list[Recording]:
 
     A recording with the times of its sentences is cut between them into pieces of about 20 s; those
     of one sentence are joined in the order of the list, and, as long as there are too few, in other
-    orders. Raises RecordingsError or AudioError.
+    orders. The first one is `filled`: of the first sentences of a long recording, or of the first
+    clips where there is none. Raises RecordingsError or AudioError.
     """
     listed = folder / "samples.json"
     if not listed.is_file():
@@ -76,12 +87,15 @@ def bundled(folder: Path = SAMPLES) -> list[Recording]:
             found += pieces(Path(row["file"]).stem, audio, row["sentences"])
         else:
             clips.append(Recording(row["file"], audio, row["text"]))
+    if not found and clips:
+        fit = sum(seconds <= WINDOW for seconds in accumulate(clip.seconds for clip in clips))
+        found.append(filled("clips-1", end_to_end("", clips[: max(1, fit)])))
     for number, order in enumerate(orders(len(clips))):
         if number > 0 and len(found) >= FEWEST:
             break
         for group in groups([clip.seconds for clip in clips], order):
             if number == 0 or len(found) < FEWEST:
-                name = f"clips-{sum(r.name.startswith('clips-') for r in found) + 1}"
+                name = f"clips-{1 + sum(r.name.startswith('clips-') for r in found)}"
                 found.append(end_to_end(name, [clips[i] for i in group]))
     if len(found) < FEWEST:
         raise RecordingsError(f"{listed} is enough for {len(found)} recordings, expected {FEWEST}")
@@ -92,18 +106,36 @@ def bundled(folder: Path = SAMPLES) -> list[Recording]:
 
 
 def pieces(name: str, audio: np.ndarray, sentences: Sequence[Mapping[str, Any]]) -> list[Recording]:
-    """`audio` cut in the pauses that are nearest to equal parts of about PIECE seconds."""
+    """The first sentences that 30 s hold, `filled`, and the rest cut in the pauses that are nearest
+    to equal parts of about PIECE seconds."""
     total = len(audio) / SAMPLE_RATE
-    count = max(1, round(total / PIECE))
     pauses = [(a["end"] + b["start"]) / 2 for a, b in pairwise(sentences)]
-    wanted = [total * i / count for i in range(1, count)]
-    cuts = sorted({min(pauses, key=lambda pause: abs(pause - at)) for at in wanted})
-    found = []
-    for i, (start, end) in enumerate(pairwise([0.0, *cuts, total]), 1):
+    first = max(1, sum(s["end"] - sentences[0]["start"] <= WINDOW for s in sentences))
+    began = [*pauses, total][first - 1]
+    count = max(1, round((total - began) / PIECE))
+    later = [pause for pause in pauses if pause > began]
+    wanted = [began + (total - began) * i / count for i in range(1, count)]
+    cuts = sorted({min(later, key=lambda pause: abs(pause - at)) for at in wanted if later})
+
+    def cut(number: int, start: float, end: float) -> Recording:
         text = " ".join(s["text"] for s in sentences if start <= s["start"] < end)
-        cut = audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
-        found.append(Recording(f"{name}-{i}", cut, text))
+        part = audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+        return Recording(f"{name}-{number}", part, text)
+
+    found = [filled(f"{name}-1", cut(1, 0.0, began))]
+    if began < total:
+        ends = pairwise([began, *cuts, total])
+        found += [cut(i, start, end) for i, (start, end) in enumerate(ends, 2)]
     return found
+
+
+def filled(name: str, recording: Recording) -> Recording:
+    """30 s that end with the last sound of the recording, which is cut off in front or preceded by
+    silence: the window is full to its end, as in the midst of a longer recording."""
+    audio = recording.audio
+    loud = np.flatnonzero(np.abs(audio) >= AUDIBLE * np.abs(audio).max())
+    sound = audio[: loud[-1] + 1][-N_SAMPLES:]
+    return replace(recording, name=name, audio=np.pad(sound, (N_SAMPLES - len(sound), 0)))
 
 
 def orders(n: int) -> list[list[int]]:
@@ -130,7 +162,8 @@ def end_to_end(name: str, recordings: Sequence[Recording]) -> Recording:
     """One after the other, with the pauses that they have; a text only where all have one."""
     texts = [recording.text for recording in recordings]
     text = None if None in texts else " ".join(str(text) for text in texts)
-    return Recording(name, np.concatenate([r.audio for r in recordings]), text)
+    clips = tuple(clip for recording in recordings for clip in recording.clips)
+    return Recording(name, np.concatenate([r.audio for r in recordings]), text, clips)
 
 
 def joined(recordings: Sequence[Recording], i: int, seconds: float = TWO_WINDOWS) -> Recording:
@@ -230,5 +263,6 @@ def variants(recording: Recording, n: int, seed: int = 0) -> list[Recording]:
     for i in range(1, n):
         label, changed = changes[(i - 1) % len(changes)](audio, rng)
         sound = np.clip(changed, -1, 1).astype(np.float32)
-        found.append(Recording(f"{recording.name} {i + 1}: {label}", sound, recording.text))
+        name = f"{recording.name} {i + 1}: {label}"
+        found.append(Recording(name, sound, recording.text, recording.clips))
     return found

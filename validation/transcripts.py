@@ -190,7 +190,8 @@ class Transcripts:
         return found
 
     def across_windows(self, fault: Fault) -> list[dict[str, Any]]:
-        """The same for a fault of the bridge: on each recording and those after it, end to end."""
+        """The same for a fault of the bridge: on each recording and those after it, end to end;
+        and `injected` and `cut_off`."""
         options = {
             "temperature": 0.0,
             "fp16": False,
@@ -204,10 +205,13 @@ class Transcripts:
                 self._joined[i] = recording, right
             recording, right = self._joined[i]
             row: dict[str, Any] = dict(NO_TRANSCRIPT)
+            made: dict[str, Any] = {}
             theirs = None
             try:
-                theirs = Heard.of(fault.transcribe(self.model, recording.audio, dict(options)))
+                made = fault.transcribe(self.model, recording.audio, dict(options))
+                theirs = Heard.of(made)
             except FeaturesError as error:
                 row["failed"] = str(error)
+            row |= {"injected": made.get("injected", True), "cut_off": made.get("cut_off", False)}
             found.append(row | self._said(right, theirs, recording, self.timestamps))
         return found

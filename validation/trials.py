@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -44,6 +45,7 @@ Row = dict[str, Any]
 Progress = Callable[[Sequence[Recording]], Any]  # what is iterated over while it is prepared
 
 ON_MAX = ("input", "weights")  # what can be done to the compiled graph without another compile
+PREPARED = re.compile(r"\d{2,}-(reference\.safetensors|twin\.safetensors|max\.json)")  # files
 
 
 class BenchError(Exception):
@@ -90,6 +92,13 @@ def prepare(
             tapped = max_prepared(right, checkpoint, gold, folder / f"{i:02d}-max.json")
         found.append(Prepared(recording, gold, twin, tapped))
     return found
+
+
+def discard(folder: Path) -> None:
+    """Remove what `prepare` has left in this folder, and nothing else."""
+    for path in list(folder.iterdir()):
+        if PREPARED.fullmatch(path.name):
+            path.unlink()
 
 
 def kept(path: Path, checkpoint: Checkpoint, mel: Tensor) -> Golden | None:
@@ -171,6 +180,11 @@ def require_pass(
             f"{gold.file}: {name} without any fault differs from the reference at "
             f"{first.stage.name} ({first.ratio:.2g} times the limit): nothing can be measured"
         )
+
+
+def same_tensors(tensors: Taps, right: Taps) -> bool:
+    """Whether they are equal, bit for bit; both have the same names."""
+    return all(torch.equal(x, right[name]) for name, x in tensors.items())
 
 
 def taps_of(twin: Twin, mel: Tensor, right: Taps, tensors: Taps) -> tuple[Taps, set[str]]:
@@ -309,6 +323,8 @@ class Bench:
             "group": fault.group,
             "how": fault.how,
             "sentence": fault.sentence,
+            "unseen": fault.unseen,
+            "yardstick": fault.yardstick,
         }
         return [
             clean({**about, "recording": p.recording.name, **row, "seconds": round(seconds, 3)})
@@ -342,17 +358,18 @@ class Bench:
             for row, of_text in zip(rows, said, strict=True)
         ]
 
-    def _verdict(
+    def _first_wrong(
         self, taps: Taps, same: Callable[[str], bool], injected: Injected | None, p: Prepared
-    ) -> tuple[Stage | None, fingerprints.Cause | None]:
-        """Where the encoder differs from the reference first, and what that is called."""
-        stage = first_wrong(taps, same, injected, p.golden, self.tensors, self.dims)
+    ) -> Stage | None:
+        return first_wrong(taps, same, injected, p.golden, self.tensors, self.dims)
+
+    def _explain(self, stage: Stage | None, taps: Taps, p: Prepared) -> fingerprints.Cause | None:
+        """What the first difference is called, where there is one."""
         if stage is None:
-            return None, None
-        cause = fingerprints.explain(
+            return None
+        return fingerprints.explain(
             stage, taps, p.golden.taps, self.tensors, self.dims, p.recording.audio
         )
-        return stage, cause
 
     def _on_twin(
         self, fault: Fault, twin: Twin, p: Prepared, mel: Tensor
@@ -364,7 +381,8 @@ class Bench:
             with torch.no_grad():
                 return twin.stage(stage, p.golden.taps)
 
-        stage, cause = self._verdict(taps, same.__contains__, injected, p)
+        stage = self._first_wrong(taps, same.__contains__, injected, p)
+        cause = self._explain(stage, taps, p)
         features, failed = features_of(taps, p.golden, self.dims)
         row = {
             "detected": stage is not None,
@@ -373,6 +391,8 @@ class Bench:
             "cause": cause.id if cause else None,
             "expected_cause": fault.cause,
             "explained": cause.sentence if cause else None,
+            "injected": same != p.twin.keys() or not same_tensors(twin.tensors, self.tensors),
+            "cut_off": False,
             "at_tap": at_tap(stage, taps, p.golden) if stage else None,
             "final": None if features is None else at_end(features, p.golden.taps["ln_post"]),
             "failed": failed,
@@ -397,16 +417,21 @@ class Bench:
             def same(name: str, taps: Taps = taps, right_hash: Any = right_hash) -> bool:
                 return bool(sha256_of(taps[name]) == right_hash(name))
 
-            stage, cause = self._verdict(taps, same, None, p)
+            stage = self._first_wrong(taps, same, None, p)
+            first = stage.name if stage else None
+            if first == row["first_tap"] == "mel":  # the same mel on both sides
+                cause = row["cause"]
+            else:
+                found = self._explain(stage, taps, p)
+                cause = found.id if found else None
             features, _ = features_of({"ln_post": wrong.features(mel)}, p.golden, self.dims)
             right = p.golden.taps["ln_post"]
             ours = None if features is None else relative_l2(features, right)
             twins = row["final"]["relative_l2"] if row["final"] else None
-            first = stage.name if stage else None
             row["max"] = {
                 "detected": stage is not None,
                 "first_tap": first,
-                "cause": cause.id if cause else None,
+                "cause": cause,
                 "final_relative_l2": ours,
                 "twin_relative_l2": twins,
                 "relative_difference": abs(ours - twins) / twins

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 import whisper
 from torch import Tensor, nn
-from whisper.audio import CHUNK_LENGTH, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram, pad_or_trim
+from whisper.audio import (
+    CHUNK_LENGTH,
+    N_FRAMES,
+    N_SAMPLES,
+    SAMPLE_RATE,
+    log_mel_spectrogram,
+    pad_or_trim,
+)
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.tokenizer import Tokenizer, get_encoding
 
-from validation.faults.fault import EARLIER_PORT, Fault
-from validation.semantic import FeaturesError, tokenizer_of, with_encoder
+from validation.faults.fault import EARLIER_PORT, UNRECORDED, Fault
+from validation.faults.input import SAME, scaled, unfloored
+from validation.semantic import tokenizer_of, with_encoder
 
 Options = dict[str, Any]  # of `whisper.transcribe`: temperature, fp16, without_timestamps
-Transcript = dict[str, Any]  # text, segments
+Transcript = dict[str, Any]  # text, segments; "cut_off" and "injected", as `Fault` says
 Transcribe = Callable[[whisper.Whisper, np.ndarray, Options], Transcript]
 
 OVERLAP = 5  # seconds
@@ -81,28 +91,89 @@ def unsuppressed(model: whisper.Whisper, audio: np.ndarray, options: Options) ->
     return one_decode(model, audio, options, suppress_tokens="", suppress_blank=False)
 
 
-class Windows(nn.Module):
-    """An encoder for MOST_WINDOWS windows, more are a FeaturesError; with `first_only` it gives for
-    each the features of the first."""
+class Limited:
+    """`whisper.decode` of MOST_WINDOWS windows. After them it hears nothing, and is sure of it, so
+    that `whisper.transcribe` goes on by whole windows to the end, with what was said before."""
 
-    def __init__(self, encoder: nn.Module, first_only: bool = False):
+    def __init__(self, model: whisper.Whisper):
+        self.model = model
+        self.windows = 0
+
+    @property
+    def cut_off(self) -> bool:
+        return self.windows > MOST_WINDOWS
+
+    def __call__(self, mel: Tensor, options: DecodingOptions) -> DecodingResult:
+        self.windows += 1
+        if not self.cut_off:
+            return whisper.decode(self.model, mel, options)
+        nothing = mel.new_empty(0)
+        return DecodingResult(nothing, options.language, avg_logprob=-math.inf, no_speech_prob=1.0)
+
+
+def transcribed(model: whisper.Whisper, audio: np.ndarray, options: Options) -> Transcript:
+    """`whisper.transcribe` by a model that is the caller's own, for MOST_WINDOWS windows."""
+    model.decode = limited = Limited(model)
+    found = model.transcribe(audio, **options)
+    return {**found, "cut_off": limited.cut_off}
+
+
+class FirstWindow(nn.Module):
+    """An encoder that gives the features of its first window for every window."""
+
+    def __init__(self, encoder: nn.Module):
         super().__init__()
-        self.encoder, self.first_only = encoder, first_only
-        self.count = 0
+        self.encoder = encoder
         self.first: Tensor | None = None
 
     def forward(self, mel: Tensor) -> Tensor:
-        self.count += 1
-        if self.count > MOST_WINDOWS:
-            raise FeaturesError(f"the transcript went on for more than {MOST_WINDOWS} windows")
-        if not self.first_only or self.first is None:
+        if self.first is None:
             self.first = self.encoder(mel)
         return self.first
 
 
 def first_window_again(model: whisper.Whisper, audio: np.ndarray, options: Options) -> Transcript:
-    stuck = with_encoder(model, Windows(model.encoder, first_only=True))
-    return stuck.transcribe(audio, **options)
+    return transcribed(with_encoder(model, FirstWindow(model.encoder)), audio, options)
+
+
+class FloorOfWindow(nn.Module):
+    """An encoder of the windows of one recording, whose log-mel it gives another floor: 8 below the
+    loudest bin of the window, not of the file. What that does not change keeps its bits."""
+
+    def __init__(self, encoder: nn.Module, audio: np.ndarray, n_mels: int):
+        super().__init__()
+        self.encoder = encoder
+        mel = log_mel_spectrogram(audio, n_mels, padding=N_SAMPLES)  # as whisper.transcribe does
+        self.mel = mel[:, : mel.shape[1] - N_FRAMES]
+        self.log = unfloored(audio, n_mels)[:, : self.mel.shape[1]]
+        self.right = scaled(self.log)
+        self.start = 0
+        self.changed = False
+
+    def find(self, window: Tensor) -> int:
+        """The frame that the window (n_mels, N_FRAMES) begins at: windows never go back."""
+        same = (self.mel[:, self.start :] == window[:, :1]).all(0)
+        for start in (same.nonzero().flatten() + self.start).tolist():
+            there = self.mel[:, start : start + N_FRAMES]
+            if torch.equal(window[:, : there.shape[1]], there):
+                return start
+        raise ValueError("the window is none of this recording")
+
+    def forward(self, mel: Tensor) -> Tensor:
+        self.start = self.find(mel[0])
+        part = slice(self.start, self.start + N_FRAMES)
+        found = scaled(self.log[:, part])
+        same = np.abs(found - self.right[:, part]) <= SAME
+        self.changed = self.changed or not same.all()
+        right = self.mel[:, part]
+        wrong = torch.where(torch.from_numpy(same), right, torch.from_numpy(found).float())
+        return self.encoder(pad_or_trim(wrong, N_FRAMES)[None])
+
+
+def floor_of_window(model: whisper.Whisper, audio: np.ndarray, options: Options) -> Transcript:
+    encoder = FloorOfWindow(model.encoder, audio, model.dims.n_mels)
+    found = transcribed(with_encoder(model, encoder), audio, options)
+    return {**found, "injected": encoder.changed}
 
 
 def merged(text: str, more: str) -> str:
@@ -131,9 +202,9 @@ def other_special_tokens(model: whisper.Whisper, audio: np.ndarray, options: Opt
     """Stock takes an embedding's rows for the sign of an English or a multilingual checkpoint, and
     from it start sequence and ids: here of the other one, everything else as it is."""
     rows = ENGLISH if model.is_multilingual else MULTILINGUAL
-    other = with_encoder(model, Windows(model.encoder))
+    other = with_encoder(model, model.encoder)
     other.dims = replace(model.dims, n_vocab=rows)
-    return other.transcribe(audio, **{"language": "en", **options})
+    return transcribed(other, audio, {"language": "en", **options})
 
 
 def other_tokenizer(model: whisper.Whisper, audio: np.ndarray, options: Options) -> Transcript:
@@ -149,12 +220,12 @@ def other_tokenizer(model: whisper.Whisper, audio: np.ndarray, options: Options)
     return {"text": "".join(s["text"] for s in segments), "segments": segments}
 
 
-def fault(id: str, sentence: str, transcribe: Transcribe) -> Fault:
+def fault(id: str, sentence: str, transcribe: Transcribe, seen: str = EARLIER_PORT) -> Fault:
     return Fault(
         id=id,
         group="bridge",
         sentence=sentence,
-        seen=EARLIER_PORT,
+        seen=seen,
         first_tap="",
         cause=None,
         how="bridge",
@@ -163,14 +234,29 @@ def fault(id: str, sentence: str, transcribe: Transcribe) -> Fault:
 
 
 FAULTS = [
-    fault("S30", "The first window's features are used for every window.", first_window_again),
-    fault("S31", "One decode() of 30 s is taken for the whole recording.", one_decode),
     fault(
-        "S32", "One decode() of 30 s is taken for the whole, with a beam of 5 to help.", with_beams
+        "E07-window",
+        "The log's floor is 8 below the loudest bin of each window, not of the file.",
+        floor_of_window,
+        UNRECORDED,
+    ),
+    fault("S30", "The first window's features are used for every window.", first_window_again),
+    fault(
+        "S31",
+        "One decode() of 30 s is taken for the whole recording: what it loses is what is said "
+        "later, a figure of the recording's length.",
+        one_decode,
+    ),
+    fault(
+        "S32",
+        "One decode() of 30 s is taken for the whole, with a beam of 5 to help: it contains S31, "
+        "and what is said after 30 s is lost in it too.",
+        with_beams,
     ),
     fault(
         "S33",
-        "One decode() of 30 s is taken for the whole, with no token suppressed to help.",
+        "One decode() of 30 s is taken for the whole, with no token suppressed to help: it "
+        "contains S31, and what is said after 30 s is lost in it too.",
         unsuppressed,
     ),
     fault(

@@ -26,8 +26,10 @@ Formula = Callable[[Stage, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 Strength = float | str  # a number, or a word as "float16"
 
 ALL_LAYERS = None
-EARLIER_PORT = "nijaru/max-whisper, history"
+GITHUB = "https://github.com"
+EARLIER_PORT = f"{GITHUB}/nijaru/max-whisper, in its history"
 UNRECORDED = "no port on record"
+YARDSTICK = "nobody's mistake: a yardstick"
 
 
 def not_run(stage: Stage, inputs: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
@@ -59,7 +61,7 @@ class Fault:
 
     group      input, stem, blocks, weights, bridge
     sentence   what was done, as one would say it of a port
-    seen       where it was made: a repository's issue, pull request or history
+    seen       where it was made: links to an issue, a pull request, a repository
     how        which of the functions below makes it: input: `mel`; weights: `weights`, which suit
                any encoder, the compiled graph too; code: `formulas`, for the twin alone; bridge:
                `transcribe`, after a right encoder
@@ -67,12 +69,16 @@ class Fault:
                where no tap does (bridge)
     cause      the id that `validation.fingerprints.explain` must give it; None: it must give none
     strength   of a sweep, else None; all of a sweep have one `id`
+    unseen     the table of causes does not list it, and was not made to fit it
+    yardstick  nobody's mistake, but of a size that is known: it draws the curve
 
     mel         (audio (samples,) at 16 kHz, the right mel (1, n_mels, frames)) -> the wrong mel
     weights     (the encoder's tensors, layers) -> the wrong ones of them
     formulas    (dims, layers) -> tap name -> formula
     transcribe  (the stock model, audio, options of `whisper.transcribe`) -> what that returns, of
-                which "text" and "segments" (start, end, text, tokens) are read
+                which "text" and "segments" (start, end, text, tokens) are read; besides, where
+                they are there, "cut_off": it went on for too long and was stopped, and "injected":
+                the mistake changed something
     """
 
     id: str
@@ -83,6 +89,8 @@ class Fault:
     cause: str | None
     how: Literal["input", "weights", "code", "bridge"]
     strength: Strength | None = None
+    unseen: bool = False
+    yardstick: bool = False
     mel: Callable[[np.ndarray, Tensor], Tensor] = field(default=unchanged_mel, repr=False)
     weights: Callable[[Tensors, list[int]], Tensors] = field(default=no_weights, repr=False)
     formulas: Callable[[ModelDimensions, list[int]], dict[str, Formula]] = field(

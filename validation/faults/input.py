@@ -3,7 +3,11 @@
 A window is right as `whisper.transcribe` makes it: the spectrogram of the audio and 30 s of silence
 is cut to the audio's frames, and filled up with 0.0, in log-mel, to 3000. So is a wrong one, unless
 its mistake is another; where it has fewer frames it is filled up likewise, of more the first 3000
-are taken. The arithmetic is NumPy's in float64, apart from that of the fingerprints.
+are taken. The arithmetic is NumPy's in float64, apart from that of the fingerprints; the number of
+mel bins is that of the right mel, 80 or, for large-v3 and turbo, 128.
+
+Two front ends are right, and their mel is yet another in its last bits: parity fails at mel on
+purpose, since both sides must get the same input, and it must give that no name.
 """
 
 from __future__ import annotations
@@ -11,22 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import scipy.fft
 import torch
 from scipy.signal import firwin, resample_poly
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_FFT, N_SAMPLES, SAMPLE_RATE, mel_filters
 
-from validation.faults.fault import EARLIER_PORT, UNRECORDED, Fault, swept
+from validation.faults.fault import EARLIER_PORT, GITHUB, UNRECORDED, YARDSTICK, Fault, swept
 
-N_MELS = 80
 FILE_RATE = 44_100
 SAME = 1e-9  # of two log-mels in float64; a step of float32 is a hundred times larger
 
-MelOf = Callable[[np.ndarray], np.ndarray]  # (samples,) -> (N_MELS, frames)
+MelOf = Callable[[np.ndarray, int], np.ndarray]  # (samples,), n_mels -> (n_mels, frames)
 
 PERIODIC_HANN = np.hanning(N_FFT + 1)[:-1]
 SYMMETRIC_HANN = np.hanning(N_FFT)
-# OpenAI's file has 80 filters, and 128 for large-v3.
+# OpenAI's file has both: 80 filters, and 128 for large-v3.
 SLANEY = {n: mel_filters("cpu", n).numpy().astype(np.float64) for n in (80, 128)}
 
 
@@ -60,8 +64,13 @@ def scaled(log: np.ndarray, louder: float = 0.0) -> np.ndarray:
     return (np.maximum(log, log.max() + louder - 8) + 4) / 4
 
 
-def right(audio: np.ndarray) -> np.ndarray:
-    return scaled(log10(SLANEY[80] @ power(silence_after(audio))))
+def unfloored(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    """The right log-mel before its floor and its scale."""
+    return log10(SLANEY[n_mels] @ power(silence_after(audio)))
+
+
+def right(audio: np.ndarray, n_mels: int = 80) -> np.ndarray:
+    return scaled(unfloored(audio, n_mels))
 
 
 def decibels(mel: np.ndarray) -> np.ndarray:
@@ -101,83 +110,102 @@ def triangles_at_bins(corners: np.ndarray, n_fft: int) -> np.ndarray:
     return bank
 
 
-# ---- the mistakes: (samples,) -> (N_MELS, frames)
+# ---- the mistakes: (samples,), n_mels -> (n_mels, frames)
 
 
-def librosa_defaults(audio: np.ndarray) -> np.ndarray:
-    """librosa.feature.melspectrogram(y=audio, sr=16000, n_mels=80) in decibels."""
+def librosa_defaults(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    """librosa.feature.melspectrogram(y=audio, sr=16000, n_mels=n_mels) in decibels."""
     bins = power(audio, np.hanning(2049)[:-1], hop=512, edge="constant")
-    return decibels(triangles(slaney_corners(N_MELS), 2048) @ bins)
+    return decibels(triangles(slaney_corners(n_mels), 2048) @ bins)
 
 
-def natural_log(audio: np.ndarray) -> np.ndarray:
-    return np.log(SLANEY[80] @ power(silence_after(audio)) + 1e-8)
+def natural_log(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    return np.log(SLANEY[n_mels] @ power(silence_after(audio)) + 1e-8)
 
 
-def own_recipe(audio: np.ndarray) -> np.ndarray:
-    bank = triangles_at_bins(htk_corners(N_MELS), N_FFT)
+def own_recipe(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    bank = triangles_at_bins(htk_corners(n_mels), N_FFT)
     log = log10(bank @ power(audio, SYMMETRIC_HANN))
     return (log - log.mean(1, keepdims=True)) / (log.std(1, keepdims=True) + 1e-8)
 
 
-def symmetric_window(audio: np.ndarray) -> np.ndarray:
-    return scaled(log10(SLANEY[80] @ power(silence_after(audio), SYMMETRIC_HANN)))
+def symmetric_window(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    return scaled(log10(SLANEY[n_mels] @ power(silence_after(audio), SYMMETRIC_HANN)))
 
 
-def zeros_at_edges(audio: np.ndarray) -> np.ndarray:
-    return scaled(log10(SLANEY[80] @ power(silence_after(audio), edge="constant")))
+def zeros_at_edges(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    return scaled(log10(SLANEY[n_mels] @ power(silence_after(audio), edge="constant")))
 
 
-def last_frame_kept(audio: np.ndarray) -> np.ndarray:
+def last_frame_kept(audio: np.ndarray, n_mels: int) -> np.ndarray:
     """Of a window padded to 30 s, whose 3001 frames end on a reflection."""
     window = np.pad(audio, (0, max(0, N_SAMPLES - len(audio))))
-    return scaled(log10(SLANEY[80] @ power(window)))
+    return scaled(log10(SLANEY[n_mels] @ power(window)))
 
 
-def mirrored_bins(audio: np.ndarray) -> np.ndarray:
+def mirrored_bins(audio: np.ndarray, n_mels: int) -> np.ndarray:
     bins = power(silence_after(audio))
     bins[1:-1] += bins[1:-1]  # bin N - k equals bin k
-    return scaled(log10(SLANEY[80] @ bins))
+    return scaled(log10(SLANEY[n_mels] @ bins))
 
 
-def htk_scale(audio: np.ndarray) -> np.ndarray:
-    bank = triangles(htk_corners(N_MELS), N_FFT)
+def htk_scale(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    bank = triangles(htk_corners(n_mels), N_FFT)
     return scaled(log10(bank @ power(silence_after(audio))))
 
 
 def louder_batch(decibels: float) -> MelOf:
-    return lambda audio: scaled(
-        log10(SLANEY[80] @ power(silence_after(audio))), louder=decibels / 10
-    )
+    return lambda audio, n_mels: scaled(unfloored(audio, n_mels), louder=decibels / 10)
 
 
-def added_for_clamp(audio: np.ndarray) -> np.ndarray:
-    return scaled(np.log10(SLANEY[80] @ power(silence_after(audio)) + 1e-10))
+def added_for_clamp(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    return scaled(np.log10(SLANEY[n_mels] @ power(silence_after(audio)) + 1e-10))
 
 
-def first_of_128(audio: np.ndarray) -> np.ndarray:
-    return scaled(log10(SLANEY[128] @ power(silence_after(audio))))[:N_MELS]
+def other_filters(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    """80 in place of 128 or the reverse, cut or filled up with 0.0 to as many bins."""
+    log = right(audio, *(SLANEY.keys() - {n_mels}))[:n_mels]
+    return np.pad(log, ((0, n_mels - len(log)), (0, 0)))
 
 
-def divided_by_32767(audio: np.ndarray) -> np.ndarray:
-    return right(audio.astype(np.float64) * 32768 / 32767)
+def divided_by_32767(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    return right(audio.astype(np.float64) * 32768 / 32767, n_mels)
 
 
-def linearly_resampled(audio: np.ndarray) -> np.ndarray:
+def linearly_resampled(rate: int) -> MelOf:
     """Of a file that has the recording's sound up to 8 kHz and no more: SciPy's default filter,
     ten periods long, would take from it above 6.8 kHz and add images, a mistake of its own."""
-    step = int(np.gcd(FILE_RATE, SAMPLE_RATE))
-    up, down = FILE_RATE // step, SAMPLE_RATE // step
-    low_pass = firwin(2 * 64 * up + 1, 1 / up, window=("kaiser", 8.0))
-    file = resample_poly(audio.astype(np.float64), up, down, window=low_pass)
-    seconds = np.arange(len(audio)) / SAMPLE_RATE
-    return right(np.interp(seconds, np.arange(len(file)) / FILE_RATE, file))
+
+    def mel(audio: np.ndarray, n_mels: int) -> np.ndarray:
+        step = int(np.gcd(rate, SAMPLE_RATE))
+        up, down = rate // step, SAMPLE_RATE // step
+        low_pass = firwin(2 * 64 * up + 1, 1 / up, window=("kaiser", 8.0))
+        file = resample_poly(audio.astype(np.float64), up, down, window=low_pass)
+        seconds = np.arange(len(audio)) / SAMPLE_RATE
+        return right(np.interp(seconds, np.arange(len(file)) / rate, file), n_mels)
+
+    return mel
 
 
-def left_channel(audio: np.ndarray) -> np.ndarray:
-    half = len(audio) // 2
-    left, unheard = 2 * audio.astype(np.float64), audio * 0
-    return right(np.concatenate([left[:half], unheard[half:]]))
+def left_channel(apart: float) -> MelOf:
+    """Of two speakers, one on either side, who are `apart` (dB): the left one has the first half of
+    the recording. The mean of both channels is the recording."""
+    quieter = 10 ** (-apart / 20)
+    near, far = 2 / (1 + quieter), 2 * quieter / (1 + quieter)
+
+    def mel(audio: np.ndarray, n_mels: int) -> np.ndarray:
+        gain = np.where(np.arange(len(audio)) < len(audio) // 2, near, far)
+        return right(gain * audio.astype(np.float64), n_mels)
+
+    return mel
+
+
+def in_float32(audio: np.ndarray, n_mels: int) -> np.ndarray:
+    """The right one, by another FFT."""
+    padded = np.pad(np.pad(audio, (0, N_FFT)), N_FFT // 2, mode="reflect")
+    frames = np.lib.stride_tricks.sliding_window_view(padded, N_FFT)[::HOP_LENGTH]
+    bins = np.abs(scipy.fft.rfft(frames * PERIODIC_HANN.astype(np.float32), axis=1)).T ** 2
+    return scaled(log10(SLANEY[n_mels].astype(np.float32) @ bins))
 
 
 # ---- the window
@@ -196,9 +224,9 @@ def instead(wrong: MelOf) -> Callable[[np.ndarray, Tensor], Tensor]:
     mel: the float32 noise of the one against the other is not part of the mistake."""
 
     def mel(audio: np.ndarray, right_mel: Tensor) -> Tensor:
-        content = len(audio) // HOP_LENGTH
-        found = window_of(wrong(audio), content, right_mel)
-        same = np.abs(found - window_of(right(audio), content, right_mel)) <= SAME
+        content, n_mels = len(audio) // HOP_LENGTH, right_mel.shape[1]
+        found = window_of(wrong(audio, n_mels), content, right_mel)
+        same = np.abs(found - window_of(right(audio, n_mels), content, right_mel)) <= SAME
         return torch.where(torch.from_numpy(same), right_mel, torch.from_numpy(found).float())
 
     return mel
@@ -208,8 +236,18 @@ def to_length(wrong: MelOf) -> Callable[[np.ndarray, Tensor], Tensor]:
     """The window of a front end that has frames of its own, as many as it makes of the audio."""
 
     def mel(audio: np.ndarray, right_mel: Tensor) -> Tensor:
-        log = wrong(audio)
+        log = wrong(audio, right_mel.shape[1])
         return torch.from_numpy(window_of(log, log.shape[1], right_mel)).float()
+
+    return mel
+
+
+def computed(log: MelOf) -> Callable[[np.ndarray, Tensor], Tensor]:
+    """The window of `log` in all its bits, float32 noise and all."""
+
+    def mel(audio: np.ndarray, right_mel: Tensor) -> Tensor:
+        found = log(audio, right_mel.shape[1])
+        return torch.from_numpy(window_of(found, len(audio) // HOP_LENGTH, right_mel)).float()
 
     return mel
 
@@ -223,10 +261,9 @@ def half_of_the_frames(audio: np.ndarray, right_mel: Tensor) -> Tensor:
 def silence_in_place_of_zeros(audio: np.ndarray, right_mel: Tensor) -> Tensor:
     """log_mel_spectrogram(pad_or_trim(audio)); the frames of the audio are the same."""
     content = len(audio) // HOP_LENGTH
-    log = right(audio)
-    after = np.concatenate(
-        [log, np.full((N_MELS, right_mel.shape[2]), max(log.max() - 2, -1.5))], axis=1
-    )[:, : right_mel.shape[2]]
+    log = right(audio, right_mel.shape[1])
+    silence = np.full(right_mel.shape[1:], max(log.max() - 2, -1.5))
+    after = np.concatenate([log, silence], axis=1)[:, : right_mel.shape[2]]
     mel = torch.from_numpy(after).float()[None]
     mel[:, :, :content] = right_mel[:, :, :content]
     return mel
@@ -236,8 +273,9 @@ def _fault(
     id: str,
     sentence: str,
     seen: str,
-    cause: str,
+    cause: str | None,
     mel: Callable[[np.ndarray, Tensor], Tensor],
+    yardstick: bool = False,
 ) -> Fault:
     return Fault(
         id=id,
@@ -248,6 +286,7 @@ def _fault(
         cause=cause,
         how="input",
         mel=mel,
+        yardstick=yardstick,
     )
 
 
@@ -286,21 +325,23 @@ FAULTS = [
         "S06",
         "Audio shorter than 30 s is followed by silence; whisper.transcribe cuts the spectrogram to"
         " the audio's frames and fills it up with 0.0 in log-mel, which elsewhere is the fault.",
-        "the reverse in SYSTRAN/faster-whisper#1084 and vllm-project/vllm-metal#729",
+        f"the reverse in {GITHUB}/SYSTRAN/faster-whisper/pull/1084, "
+        f"{GITHUB}/vllm-project/vllm-metal/pull/729 and {GITHUB}/ggml-org/whisper.cpp/issues/579",
         "mel-silence-padding",
         silence_in_place_of_zeros,
     ),
     _fault(
         "E01",
         "The Hann window is symmetric in place of periodic.",
-        "Blaizzy/mlx-audio#920",
+        f"{GITHUB}/Blaizzy/mlx-audio/pull/920",
         "mel-window",
         instead(symmetric_window),
     ),
     _fault(
         "E02",
         "The ends of the samples are padded with zeros in the STFT in place of their reflection.",
-        "ggml-org/whisper.cpp#1148, NVIDIA/TensorRT-Model-Connect#1282",
+        f"{GITHUB}/ggml-org/whisper.cpp/pull/1148, "
+        f"{GITHUB}/NVIDIA/TensorRT-Model-Connect/pull/1282",
         "mel-edges",
         instead(zeros_at_edges),
     ),
@@ -308,21 +349,21 @@ FAULTS = [
         "E03",
         "The last frame of the STFT of 30 s is kept until the maximum is taken: it is silence, and"
         " nothing changes, unless the audio fills the window.",
-        "NVIDIA/TensorRT-Model-Connect#1282",
+        f"{GITHUB}/NVIDIA/TensorRT-Model-Connect/pull/1282",
         "mel-last-frame",
         instead(last_frame_kept),
     ),
     _fault(
         "E04",
         "The FFT's bins are added to their mirror images, which doubles the power.",
-        "ggml-org/whisper.cpp#1148; huggingface/candle",
+        f"{GITHUB}/ggml-org/whisper.cpp/pull/1148, {GITHUB}/huggingface/candle",
         "mel-bins-doubled",
         instead(mirrored_bins),
     ),
     _fault(
         "E05",
         "The mel scale is HTK's in place of Slaney's, with Slaney's norm.",
-        "vllm-project/vllm-metal#729",
+        f"{GITHUB}/vllm-project/vllm-metal/pull/729",
         "mel-htk",
         instead(htk_scale),
     ),
@@ -331,7 +372,7 @@ FAULTS = [
         lambda decibels: _fault(
             "E07",
             f"The log's floor is that of a batch whose loudest recording is {decibels} dB louder.",
-            "openai/whisper itself, where log_mel_spectrogram is given a batch",
+            f"{GITHUB}/openai/whisper itself, where log_mel_spectrogram is given a batch",
             "mel-floor",
             instead(louder_batch(decibels)),
         ),
@@ -339,37 +380,59 @@ FAULTS = [
     _fault(
         "E08",
         "1e-10 is added to the mel power in place of the clamp at 1e-10.",
-        "argmaxinc/whisperkittools",
+        f"{GITHUB}/argmaxinc/whisperkittools",
         "mel-added",
         instead(added_for_clamp),
     ),
     _fault(
         "E24",
         "int16 samples are divided by 32767 in place of 32768.",
-        UNRECORDED,
+        f"{GITHUB}/deepjavalibrary/djl/pull/3646",
         "mel-samples-scaled",
         instead(divided_by_32767),
     ),
     _fault(
         "E25",
         "A file of 44.1 kHz, made of the recording, is brought to 16 kHz by linear interpolation.",
-        UNRECORDED,
+        f"{GITHUB}/peteonrails/voxtype/issues/641",
         "mel-resampled",
-        instead(linearly_resampled),
+        instead(linearly_resampled(FILE_RATE)),
     ),
-    _fault(
-        "E26",
-        "Of two channels the left alone is taken in place of the mean; it has the first half of the"
-        " recording, the right the second.",
-        UNRECORDED,
-        "mel-one-channel",
-        instead(left_channel),
+    *swept(
+        (3, 10, 20, 40, 60),
+        lambda apart: _fault(
+            "E26",
+            "Of two channels the left alone is taken in place of the mean; of two speakers it has"
+            f" the one of the second half {apart} dB below the one of the first, the right the"
+            " reverse.",
+            UNRECORDED,
+            "mel-one-channel",
+            instead(left_channel(apart)),
+        ),
     ),
     _fault(
         "E23",
-        "128 mel bins, as for large-v3, are computed and the first 80 used.",
-        "tinygrad/tinygrad",
+        "The mel filters are those of other models: of 128, as for large-v3, the first 80 bins;"
+        " or for large-v3 80, and 0.0 above.",
+        f"{GITHUB}/tinygrad/tinygrad; {GITHUB}/ggml-org/whisper.cpp/pull/1457",
         "mel-filter-count",
-        instead(first_of_128),
+        instead(other_filters),
+    ),
+    _fault(
+        "clean-float64",
+        "No mistake: Whisper's log-mel in float64. Parity fails at mel, and must give no cause.",
+        YARDSTICK,
+        None,
+        computed(right),
+        yardstick=True,
+    ),
+    _fault(
+        "clean-float32",
+        "No mistake: Whisper's log-mel in float32, by another FFT. Parity fails at mel, and must"
+        " give no cause.",
+        YARDSTICK,
+        None,
+        computed(in_float32),
+        yardstick=True,
     ),
 ]

@@ -11,6 +11,7 @@ from whisper.model import ModelDimensions, sinusoids
 
 from validation.faults.fault import (
     EARLIER_PORT,
+    GITHUB,
     UNRECORDED,
     Fault,
     Formula,
@@ -163,7 +164,7 @@ FAULTS = [
         id="E-a",
         group="stem",
         sentence="The kernels are reversed: a convolution in place of a correlation.",
-        seen=UNRECORDED,
+        seen=f"{GITHUB}/onnx/onnx/issues/1178, for another model",
         first_tap="conv1",
         cause="conv-reversed",
         how="weights",
@@ -173,9 +174,9 @@ FAULTS = [
         id="E14",
         group="stem",
         sentence="The convolutions read what lies beyond their input in place of the padding.",
-        seen="modular/modular#6461, modular/modular#6712",
+        seen=f"{GITHUB}/modular/modular/issues/6461, {GITHUB}/modular/modular/issues/6712",
         first_tap="conv1",
-        cause=None,  # two frames of the output, wrong by numbers that no formula gives
+        cause="conv-edges",
         how="code",
         formulas=corrupt_edges,
     ),
@@ -194,7 +195,7 @@ FAULTS = [
         id="E21",
         group="stem",
         sentence="The positional embedding is one frame late.",
-        seen="no port known; the neighbour of a missing embedding",
+        seen=UNRECORDED,
         first_tap="positional_embedding",
         cause="positions-shifted",
         how="weights",

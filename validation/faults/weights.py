@@ -3,6 +3,7 @@ no mistake of anybody but draws the curve from error to transcript."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -11,6 +12,8 @@ from whisper.model import ModelDimensions
 
 from validation.faults.fault import (
     EARLIER_PORT,
+    GITHUB,
+    YARDSTICK,
     Fault,
     Formula,
     Tensors,
@@ -31,7 +34,12 @@ PRECISIONS = (
     "int6 per channel",
     "int4 per channel",
 )
+NOBODY_STORES = ("tf32", "int6 per channel", "int4 per channel")
 FLOATS = ("float16", "bfloat16", "tf32")
+TENSORFLOW = (
+    "https://www.tensorflow.org/api_docs/python/tf/config/experimental/"
+    "enable_tensor_float_32_execution"
+)
 NOISES = (1e-6, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 
@@ -125,13 +133,15 @@ def products_rounded(to: str) -> Callable[[ModelDimensions, list[int]], dict[str
 
 
 def changing(
-    change: Callable[[Stage, Tensor], Tensor], taps: Callable[[ModelDimensions], Iterable[str]]
+    change: Callable[[Stage, Tensor, Tensor], Tensor],
+    taps: Callable[[ModelDimensions], Iterable[str]],
 ) -> Callable[[ModelDimensions, list[int]], dict[str, Formula]]:
-    """The fault in which these taps, right as they are computed, are changed."""
+    """The fault in which these taps, right as they are computed, are changed: `change(stage, tap,
+    mel)`."""
 
     def formulas(dims: ModelDimensions, layers: list[int]) -> dict[str, Formula]:
         def formula(stage: Stage, x: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-            return change(stage, compute(stage, x, tensors, dims.n_audio_head))
+            return change(stage, compute(stage, x, tensors, dims.n_audio_head), x["mel"])
 
         return dict.fromkeys(taps(dims), formula)
 
@@ -142,7 +152,7 @@ def output(
     change: Callable[[Tensor], Tensor],
 ) -> Callable[[ModelDimensions, list[int]], dict[str, Formula]]:
     """The fault in which the features are changed."""
-    return changing(lambda stage, y: change(y), lambda dims: ["ln_post"])
+    return changing(lambda stage, y, mel: change(y), lambda dims: ["ln_post"])
 
 
 def output_scaled(factor: float) -> Callable[[Tensors, list[int]], Tensors]:
@@ -161,13 +171,16 @@ def normalised(y: Tensor) -> Tensor:
 
 def noise(
     id: str, size: float, channels: Callable[[int], slice]
-) -> Callable[[Stage, Tensor], Tensor]:
-    """White noise on these channels of n_state, its L2 norm `size` times the tap's."""
+) -> Callable[[Stage, Tensor, Tensor], Tensor]:
+    """White noise on these channels of n_state, its L2 norm `size` times the tap's: another draw
+    for each stage and each recording, the same for all sizes."""
 
-    def add(stage: Stage, y: Tensor) -> Tensor:
+    def add(stage: Stage, y: Tensor, mel: Tensor) -> Tensor:
+        recording = hashlib.sha256(mel.contiguous().numpy().tobytes()).hexdigest()
         only = channels(y.shape[-1])
         noise = torch.zeros_like(y)
-        noise[..., only] = torch.randn(y[..., only].shape, generator=seeded(id, stage.name))
+        generator = seeded(id, stage.name, recording)
+        noise[..., only] = torch.randn(y[..., only].shape, generator=generator)
         norms = torch.linalg.vector_norm(y) / torch.linalg.vector_norm(noise)
         return y + noise * (size * norms)
 
@@ -195,10 +208,11 @@ def noises(
             id=id,
             group="weights",
             sentence=f"Noise of {size:g} times the tap's norm is added to {where}.",
-            seen="nobody's mistake: a yardstick",
+            seen=YARDSTICK,
             first_tap=first_tap,
             cause=None,
             how="code",
+            yardstick=True,
             formulas=changing(noise(id, size, channels), taps),
         ),
     )
@@ -219,7 +233,8 @@ FAULTS = [
         id="E13",
         group="weights",
         sentence="No key of a layer is found, and the layer stays as it was initialised.",
-        seen="huggingface/transformers#20934; the whole encoder in sbryngelson/ANEForge#275",
+        seen=f"{GITHUB}/huggingface/transformers/issues/48722, for other models; the whole encoder "
+        f"in {GITHUB}/sbryngelson/ANEForge/pull/275",
         first_tap="blocks.{layer}.attn_ln",
         cause="norm-not-affine",
         how="weights",
@@ -255,10 +270,11 @@ FAULTS = [
             id="S28-factor",
             group="weights",
             sentence=f"The output is scaled by {factor:g}.",
-            seen=EARLIER_PORT,
+            seen=YARDSTICK,
             first_tap="ln_post",
             cause="scaled",
             how="weights",
+            yardstick=True,
             weights=output_scaled(factor),
         ),
     ),
@@ -279,10 +295,14 @@ FAULTS = [
             id="E11",
             group="weights",
             sentence=f"The matrices and kernels are stored as {to}.",
-            seen="whisper.cpp, CTranslate2 and others, on purpose",
+            seen=YARDSTICK
+            if to in NOBODY_STORES
+            else f"on purpose, as in {GITHUB}/ggml-org/whisper.cpp and "
+            f"{GITHUB}/OpenNMT/CTranslate2",
             first_tap="conv1",
             cause="weight-rounded",
             how="weights",
+            yardstick=to in NOBODY_STORES,
             weights=matrices_rounded(to),
         ),
     ),
@@ -292,7 +312,7 @@ FAULTS = [
             id="E11-product",
             group="weights",
             sentence=f"Both operands of every product are rounded to {to}.",
-            seen="the matrix units of GPUs and phones, often by default",
+            seen=f"matrix units of GPUs and phones; tf32 by default: {TENSORFLOW}",
             first_tap="conv1",
             cause="product-rounded",
             how="code",
@@ -303,7 +323,7 @@ FAULTS = [
         id="E12",
         group="weights",
         sentence="The output is given channels first and read frames first.",
-        seen="ggml-org/whisper.cpp#1716",
+        seen=f"{GITHUB}/ggml-org/whisper.cpp/pull/1716",
         first_tap="ln_post",
         cause="transposed",
         how="code",
