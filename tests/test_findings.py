@@ -235,6 +235,20 @@ def test_what_is_not_finite_is_none_before_and_after_it_was_written():
     assert (counts["benign"]["passes"], counts["damaging"]["passes"]) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("how", "expected", "share"),
+    [
+        ("weights", "weight-rounded", (0, 1)),
+        ("code", "gelu-tanh", (1, 0)),
+        ("weights", None, (1, 0)),
+    ],
+)
+def test_unknown_weights_is_no_name_of_wrong_weights(how, expected, share):
+    fault = only([row(how=how, expected_cause=expected, cause="unknown-weights")])
+    assert (fault["cause_wrong"], fault["cause_unknown"]) == share
+    assert fault["cause_right"] == 0
+
+
 def test_a_wrong_name_is_wrong_where_none_is_right():
     fault = only([row(expected_cause=None), row(recording="b", expected_cause=None, cause=None)])
     assert (fault["cause_right"], fault["cause_wrong"], fault["cause_unknown"]) == (0.5, 0.5, 0)

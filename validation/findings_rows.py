@@ -98,13 +98,18 @@ def cause_right(row: Row) -> bool:
     return bool(row["cause"] == row["expected_cause"])
 
 
-def cause_wrong(row: Row) -> bool:
-    """A name is given and it is not the right one; where none is right, any is wrong."""
-    return row["cause"] is not None and not cause_right(row)
+VAGUE = "unknown-weights"  # true wherever the weights are wrong: it names no mistake
 
 
 def cause_unknown(row: Row) -> bool:
-    return row["cause"] is None and row["expected_cause"] is not None
+    """There is a right name, and what is said is none, or VAGUE of what has wrong weights."""
+    said_nothing = row["cause"] is None or (row["cause"] == VAGUE and row["how"] == "weights")
+    return row["expected_cause"] is not None and not cause_right(row) and said_nothing
+
+
+def cause_wrong(row: Row) -> bool:
+    """A name is given and it is not the right one; where none is right, any is wrong."""
+    return row["cause"] is not None and not cause_right(row) and not cause_unknown(row)
 
 
 def agrees(row: Row) -> bool:

@@ -346,7 +346,10 @@ class Batches:
         _, decoder, lengths = next(phase for phase in CURRICULUM if step < phase[0])
         seconds, size, _ = rng.choices(lengths, [share for *_, share in lengths])[0]
         windows = [compose(self.corpus, rng, seconds) for _ in range(size)]
-        tokens, targets, given_at, said_at = [], [], [], []
+        tokens: list[Tensor] = []
+        targets: list[Tensor] = []
+        given_at: list[Tensor] = []
+        said_at: list[Tensor] = []
         for window in windows:
             # Without timestamps a cut sentence has no name: half of all, about, are without.
             timestamps = window.cut is not None or rng.random() < 0.3
