@@ -21,7 +21,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,6 +34,7 @@ from whisper.model import ModelDimensions
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 from whisper.utils import WriteTXT, get_writer, optional_float, optional_int, str2bool
 
+from decoder_bridge.variants import DEFAULT, VARIANTS, VariantError, reason_against, what_ran
 from encoder.audio import N_FRAMES, SAMPLE_RATE, AudioError, load_audio, require_file, windows
 
 # max, and whatever imports it, is imported where it is needed: --help and a misspelt file name
@@ -44,7 +44,9 @@ WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_word
 INTERRUPTED = 130  # what a shell reports of a program ended by SIGINT: 128 + 2
 BROKEN_PIPE = 141  # by SIGPIPE: 128 + 13
 
-DIFFERENCES = """\
+EPILOG = f"""\
+variants:
+{"".join(f"  {v.name:<15}{v.what}" + chr(10) for v in VARIANTS.values())}
 what differs from openai-whisper's command line:
   the transcript is printed to stdout, one line a segment; nothing else is, except, with several
   files, a line "==> file <==" before each; with --verbose True, openai-whisper's own output
@@ -52,10 +54,11 @@ what differs from openai-whisper's command line:
   openai-whisper's default), and are put in place only when they are complete
   --model is tiny by default; also demo (comes with this package), a path, a Hugging Face repo id
   --model_dir is the Hugging Face cache folder
-  --device is the encoder's; the decoder runs on the CPU, in PyTorch
-  --fp16 is False by default, and True is refused
+  --variant is new: who computes what, see above; one that cannot run here is refused
+  --device is the MAX encoder's in variant max; the others run where the list says
+  --fp16 is False by default, and True is refused but by variant gpu
   --verbose is False by default: a progress bar, if stderr is a terminal; with True a last line
-  on stderr says how long it took, without loading the model, and which encoder ran
+  on stderr says how long it took, without loading the model, and what computed it
   --threads also limits the encoder, where the system can bind a program to some of its processors
   --offline, --features and --truth are new; --truth ends with that last line and the word error
   rate in it, over words as OpenAI normalises them
@@ -77,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m encoder.run",
         usage="%(prog)s [options] audio [audio ...]",
         description="Transcribe audio files with Whisper, its encoder computed by MAX.",
-        epilog=DIFFERENCES,
+        epilog=EPILOG,
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
@@ -92,6 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="never touch the network")
     add("--device", default="auto", choices=["auto", "cpu", "gpu"],
         help="where the encoder runs; auto: the CPU, gpu has to be asked for")
+    add("--variant", default=DEFAULT, choices=list(VARIANTS),
+        help="what computes the encoder and the decoder; they are listed below")
     add("--output_dir", "-o", default=None,
         help="write files, into this folder")
     add("--output_format", "-f", default=None,
@@ -130,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--condition_on_previous_text", type=str2bool, default=True,
         help="prompt each window with the text of the one before")
     add("--fp16", type=str2bool, default=False,
-        help="accepted as False only: the encoder computes in float32")
+        help="compute in float16, in variant gpu; elsewhere accepted as False only")
 
     add("--temperature_increment_on_fallback", type=optional_float, default=0.2,
         help="step to the next temperature where a threshold below is missed; None: no second try")
@@ -169,8 +174,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with status 2 and one sentence on options that cannot hold together."""
-    if args.fp16:
-        parser.error("--fp16 True cannot be done: the encoder computes in float32")
+    if args.fp16 and not VARIANTS[args.variant].fp16:
+        parser.error(f"--fp16 True cannot be done: variant {args.variant} computes in float32")
     if not args.word_timestamps:
         for option in WORD_OPTIONS:
             if getattr(args, option):
@@ -213,6 +218,8 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error("--features makes no transcript for --output_dir and --output_format")
         if args.truth is not None:
             parser.error("--features makes no transcript for --truth")
+        if args.variant != DEFAULT:
+            parser.error(f"--features is the output of MAX's encoder: no --variant but {DEFAULT}")
     if writes:
         names = Counter(os.path.splitext(os.path.basename(path))[0] for path in args.audio)
         name, count = names.most_common(1)[0]
@@ -313,8 +320,8 @@ def clips_within(clip_timestamps: str, samples: int) -> str:
 def transcribe_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `whisper.transcribe`, made from the options as in its `cli()`."""
     options = dict(vars(args))
-    own = "audio model model_dir offline device output_dir output_format features truth threads"
-    for name in [*own.split(), *WORD_OPTIONS]:
+    own = "audio model model_dir offline device variant output_dir output_format features truth"
+    for name in [*own.split(), "threads", *WORD_OPTIONS]:
         del options[name]
     increment = options.pop("temperature_increment_on_fallback")
     if increment is not None:
@@ -331,6 +338,9 @@ def transcribe_files(args: argparse.Namespace) -> int:
 
     What can be checked without the model is checked before it is downloaded and compiled.
     """
+    if reason := reason_against(args.variant, args.device):
+        complain(f"{reason}.")
+        return 1
     truth: dict[str, str] = {}
     if args.truth is not None:
         from encoder.truth import TruthError, read_truth
@@ -361,9 +371,13 @@ def transcribe_files(args: argparse.Namespace) -> int:
 
         try:
             model = load_model(
-                args.model, device=args.device, download_root=args.model_dir, offline=args.offline
+                args.model,
+                device=args.device,
+                download_root=args.model_dir,
+                offline=args.offline,
+                variant=args.variant,
             )
-        except (WeightsError, EngineError) as error:
+        except (WeightsError, EngineError, VariantError) as error:
             complain(error)
             return 1
         problem = cannot_be_heard(model.dims) or unknown_token(args, model.dims.n_vocab)
@@ -389,6 +403,9 @@ def transcribe_files(args: argparse.Namespace) -> int:
                     result = model.transcribe(audio, **options)
             except EngineError as error:
                 complain(error)
+                continue
+            except torch.OutOfMemoryError as error:
+                complain(f"{path} cannot be transcribed: {str(error).splitlines()[0]}")
                 continue
             except ValueError as error:  # whisper's own checks of what it is asked to decode
                 complain(f"{path} cannot be transcribed: {error}.")
@@ -435,7 +452,7 @@ def how_it_went(
     took: float,
 ) -> str:
     """The last line: seconds heard and taken, the word error rate where `truth` is given, and
-    which encoder ran, as the model's own encoder says."""
+    what computed it, as the model's own modules say."""
     line = [f"{heard:.1f} s heard in {took:.1f} s ({heard / took:.1f} times real time)"]
     if truth is not None:
         from encoder.truth import word_errors
@@ -447,11 +464,7 @@ def how_it_went(
             f"WER {rate} ({errors.substitutions} S, {errors.deletions} D, {errors.insertions} I of "
             f"{errors.words} words)"
         )
-    dims, engine = model.dims, model.encoder.engine  # a stock encoder has no engine
-    line.append(
-        f"encoder: MAX {version('max')} on {engine.device}, "
-        f"{dims.n_audio_layer} layers of {dims.n_audio_state}"
-    )
+    line.append(what_ran(model, args.fp16))
     return " · ".join(line)
 
 

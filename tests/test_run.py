@@ -188,6 +188,7 @@ def test_options_and_defaults_are_openais_but_for_the_stated_ones(monkeypatch):
         "--offline",
         "--features",
         "--truth",
+        "--variant",
     }
 
 
@@ -196,6 +197,7 @@ def test_help_states_every_difference():
     stated = text[text.index("what differs from openai-whisper") :]
     for flag in [*OTHER_DEFAULTS, "--offline", "--features", "--truth", "--threads", "--model_dir"]:
         assert flag in stated, flag
+    assert "--variant" in stated
 
 
 def test_transcribe_gets_what_openais_cli_gives_it(world, tmp_path, monkeypatch):
@@ -252,6 +254,9 @@ def test_without_an_increment_there_is_one_temperature():
         ("--temperature_increment_on_fallback nan", "expected a finite number"),
         ("--logprob_threshold inf", "expected a finite number"),
         ("--device cuda", "invalid choice: 'cuda'"),
+        ("--variant tpu", "invalid choice: 'tpu'"),
+        ("--variant cpu --fp16 True", "variant cpu computes in float32"),
+        ("--variant cpu --features f.safetensors", "--features is the output of MAX's encoder"),
         ("--language Klingon", "invalid choice: 'Klingon'"),
         ("b.wav --features f.safetensors", "--features takes exactly one audio file"),
         ("--features f.safetensors -o .", "--features makes no transcript"),
@@ -316,7 +321,13 @@ def test_one_line_a_segment_on_stdout_and_nothing_else(world, tmp_path, capsys):
     assert out == "second 0 ü\nsecond 1 ü\n"
     assert err == ""
     assert world.loads == [
-        {"name": "demo", "device": "auto", "download_root": "cache", "offline": True}
+        {
+            "name": "demo",
+            "device": "auto",
+            "download_root": "cache",
+            "offline": True,
+            "variant": "max",
+        }
     ]
     assert sorted(tmp_path.iterdir()) == before
 
@@ -636,6 +647,7 @@ def program(*lines: str):
     """A Python process with a made-up model, whose `main` is called by the last line."""
     start = """
         import sys, types, warnings
+        from encoder.run import main
         class Model:
             is_multilingual = True
             dims = types.SimpleNamespace(
@@ -650,7 +662,6 @@ def program(*lines: str):
         }.items():
             module = sys.modules[name] = types.ModuleType(name)
             vars(module).update(members)
-        from encoder.run import main
     """
     code = textwrap.dedent(start) + "\n".join(lines)
     process = subprocess.Popen(
