@@ -208,6 +208,11 @@ def test_after_a_recordings_end_the_mel_is_zero_as_transcribe_has_it():
     assert max(floors) <= 0.5
 
 
+def trainee() -> Trainee:
+    used = used_tokens(TOKENIZER)
+    return Trainee(len(used), sum(token < TOKENIZER.eot for token in used))
+
+
 DECODER_STEP = next(until for until, decoder, _ in train.CURRICULUM if not decoder)
 
 
@@ -215,7 +220,7 @@ def test_the_alignment_loss_is_small_where_the_head_looks_at_the_word(corpus: Co
     """Against attention written out; and without a step's decoder there is none."""
     torch.manual_seed(1)
     batches = Batches(corpus, TOKENIZER, 1)
-    model = Trainee(len(used_tokens(TOKENIZER))).eval()
+    model = trainee().eval()
     assert model(batches(int(DECODER_STEP) - 1)).keys() == {"ctc"}
     batch = batches(int(DECODER_STEP))
     with torch.no_grad():
@@ -261,6 +266,19 @@ def corpus(tmp_path: Path) -> Corpus:
     return Corpus(tmp_path, "train")
 
 
+def test_the_words_of_a_batch_are_those_heard_whole(corpus: Corpus):
+    batches = Batches(corpus, TOKENIZER, 1)
+    used = used_tokens(TOKENIZER)
+    whole, before = " ".join(text.NOUNS[:2]), text.VERBS[0]
+    heard = Window(SOUND, [(whole, 0.1, 0.9)], cut=1.0, cut_text=f"{before} sle")
+    words = batches.words_of(heard)
+    assert [used[w - 1] for w in words] == TOKENIZER.encode(f" {whole} {before}")
+    assert max(words) <= trainee().words.out_features - 1
+    assert batches.words_of(Window(SOUND, [], cut=1.0, cut_text="sle")) == []
+    batch = batches(int(DECODER_STEP))
+    assert int(batch.word_lengths.sum()) == len(batch.words) > 0
+
+
 def test_a_batch_depends_on_seed_and_step_alone(corpus: Corpus):
     first, again = Batches(corpus, TOKENIZER, 1)(5), Batches(corpus, TOKENIZER, 1)(5)
     assert torch.equal(first.mel, again.mel)
@@ -274,7 +292,7 @@ def test_the_compact_loss_is_the_full_softmax(corpus: Corpus, monkeypatch):
     """Cross-entropy over all 51,864 rows, written out, equals the one over the used rows."""
     torch.manual_seed(1)
     batches = Batches(corpus, TOKENIZER, 1)
-    model = Trainee(len(used_tokens(TOKENIZER))).eval()
+    model = trainee().eval()
     batch = batches(int(DECODER_STEP))
     compact = torch.nn.functional.cross_entropy
     seen = {}
@@ -299,7 +317,7 @@ def test_the_compact_loss_is_the_full_softmax(corpus: Corpus, monkeypatch):
 
 def test_an_earlier_demo_hands_on_what_it_knows(demo_checkpoint):
     used = used_tokens(TOKENIZER)
-    model = Trainee(len(used))
+    model = trainee()
     before = model.whisper.decoder.token_embedding.weight.detach().clone()
     model.take_over(demo_checkpoint, used)
     after = model.whisper.decoder.token_embedding.weight.detach()
@@ -323,7 +341,7 @@ def test_export_round_trip(tmp_path: Path, monkeypatch):
     """What is trained is what `weights.load` reads, to float16; unused tokens share one row."""
     torch.manual_seed(1)
     used = used_tokens(TOKENIZER)
-    model = Trainee(len(used))
+    model = trainee()
     torch.save({"model": model.state_dict(), "step": 3, "seed": 1}, tmp_path / "checkpoint.pt")
     out = tmp_path / "demo.safetensors"
     assert export.main(["--run", str(tmp_path), "--out", str(out)]) == 0

@@ -346,6 +346,7 @@ def losses(count: int) -> list[dict[str, float]]:
             "cross_entropy": 7 / (n + 1) + rng.random(),
             "ctc": 30 / (n + 1),
             "alignment": 9 / (n + 1),
+            "words": 8 / (n + 1),
         }
         for n in range(count)
     ]
@@ -355,7 +356,7 @@ def losses(count: int) -> list[dict[str, float]]:
 def test_the_curves_are_in_the_picture(count):
     picture = ElementTree.fromstring(curves.svg(losses(count)))
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
-    assert len(lines) == 6
+    assert len(lines) == 2 * len(curves.CURVES)
     for line in lines:
         points = [tuple(map(float, p.split(","))) for p in line.get("points").split()]
         assert len(points) == count
@@ -369,11 +370,13 @@ def test_the_curves_are_in_the_picture(count):
 
 def test_a_loss_that_is_not_there_has_no_point():
     """The decoder learns later than the encoder."""
-    rows = [row | {"cross_entropy": None, "alignment": None} for row in losses(9)]
+    rows = [row | {"cross_entropy": None, "alignment": None, "words": None} for row in losses(9)]
     rows += [row | {"step": row["step"] + 180} for row in losses(9)]
     picture = ElementTree.fromstring(curves.svg(rows))
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.get("points").split()) for line in lines] == [9, 9, 18, 18, 9, 9]
+    assert [len(line.get("points").split()) for line in lines] == [
+        9, 9, 18, 18, 9, 9, 9, 9,
+    ]  # fmt: skip
 
 
 def test_a_resumed_runs_rows_count_once(tmp_path: Path):

@@ -22,6 +22,7 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 34, 700, 352  # the axes
 CURVES = (  # key in a row, name, colour
     ("cross_entropy", "cross-entropy of a token", "#1f5fa8"),
     ("ctc", "CTC of a character", "#b5540a"),
+    ("words", "CTC of a word", "#8a3f9e"),
     ("alignment", "alignment of a token", "#3a7d34"),
 )
 SMOOTH = 9  # rows on either side in the running mean
@@ -104,7 +105,7 @@ def svg(rows: Sequence[Row]) -> str:
         steps, own = [s for s, _ in known], [v for _, v in known]
         parts.append(line(steps, own, colour, 'stroke-width="0.8" stroke-opacity="0.35"'))
         parts.append(line(steps, running_mean(own), colour, 'stroke-width="2"'))
-        at = LEFT + 220 * n
+        at = LEFT + 168 * n
         parts.append(f'<path d="M{at} 18h22" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<text x="{at + 28}" y="22">{name}</text>')
     return "\n".join([*parts, "</svg>", ""])

@@ -1,4 +1,4 @@
-"""Train `demo`: Whisper's own modules, cross-entropy plus CTC.
+"""Train `demo`: Whisper's own modules, cross-entropy plus CTC of letters and of words.
 
     python -m weights.demo.train --init build/v1.safetensors --steps 6000 --decay 1200
 
@@ -7,12 +7,14 @@ depends on the corpus, the seed and the step alone. The learning rate warms up, 
 zero over the last --decay steps; a run that is asked for more steps later goes on from the last
 checkpoint before the fall. Refuses to start without the corpus of `weights.demo.speech`.
 
-Four economies:
+Five economies:
 - Only the used tokens have an embedding row of their own; all others share one more row, whose
   logit gets + log(number of unused tokens). That is exactly the full softmax over OpenAI's tokens.
 - A window shorter than 30 s runs on its own length: the positional embedding is a fixed sinusoid,
   cut to that length.
-- CTC over characters teaches the encoder before the decoder can; its head is not exported.
+- CTC over characters teaches the encoder to hear before the decoder can; its head is not exported.
+- CTC over words, once there are letters, teaches it to spell them: the decoder then has to read one
+  place for a word. Its head is not exported either.
 - Where each word is spoken is known, about: one head of each of the decoder's layers is taught to
   look there, the first layer's at the token that it was given, the last one's at the next.
 
@@ -50,11 +52,12 @@ DIMS = ModelDimensions(
     n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=2,
 )  # fmt: skip
 CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
-WEIGHTS = {"cross_entropy": 1.0, "ctc": 1.0, "alignment": 0.3}  # of the losses
+WEIGHTS = {"cross_entropy": 1.0, "ctc": 0.5, "words": 1.0, "alignment": 0.3}  # of the losses
 NEAR = 0.4  # seconds about a word within which an alignment head may look
+RARE = 8.0  # the logit that the blank has above a word before anything is learnt
 PEAK_LR = 8e-4
 WARMUP = 200  # steps
-HARD, HARD_SHARE = "flite:", 0.35  # voices whose letters are learnt half as fast as espeak-ng's
+HARD, HARD_SHARE = "flite:", 0.35  # voices that are harder to hear than espeak-ng's
 WINDOW = 30.0  # seconds, Whisper's own
 # The curriculum: (up to this step, whether the decoder learns too, ((seconds, windows a batch,
 # share of the steps), ...)), batches of about a minute of audio. The encoder learns to hear by CTC
@@ -63,8 +66,8 @@ WINDOW = 30.0  # seconds, Whisper's own
 CURRICULUM: tuple[tuple[float, bool, tuple[tuple[float, int, float], ...]], ...] = (
     (1500, False, ((2.8, 22, 0.35), (4.6, 14, 0.35), (15.0, 4, 0.15), (WINDOW, 2, 0.15))),
     (2100, True, ((1.3, 40, 0.4), (2.8, 22, 0.4), (4.6, 14, 0.2))),
-    (3400, True, ((2.8, 22, 0.2), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2))),
-    (4000, True, ((4.6, 14, 0.15), (8.0, 8, 0.25), (15.0, 4, 0.35), (WINDOW, 2, 0.25))),
+    (3700, True, ((2.8, 22, 0.2), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2))),
+    (6000, True, ((4.6, 14, 0.25), (8.0, 8, 0.3), (15.0, 4, 0.25), (WINDOW, 2, 0.2))),
     (math.inf, True, ((4.6, 14, 0.1), (8.0, 8, 0.15), (15.0, 4, 0.25), (WINDOW, 2, 0.5))),
 )
 MAX_INITIAL_TIMESTAMP = 1.0  # seconds: stock decoding never begins a window with a later one
@@ -321,14 +324,17 @@ def tokens_of(
 @dataclass
 class Batch:
     """mel (B, 80, frames) float32; tokens and targets (B, n) rows of the compact table, IGNORED
-    where there is no loss; characters: the CTC targets, end to end, with their lengths; given_at
-    and said_at (B, n): when tokens and targets are spoken, in seconds, NaN where they are not."""
+    where there is no loss; characters and words: the CTC targets, end to end, with their lengths;
+    given_at and said_at (B, n): when tokens and targets are spoken, in seconds, NaN where they are
+    not."""
 
     mel: Tensor
     tokens: Tensor
     targets: Tensor
     characters: Tensor
     character_lengths: Tensor
+    words: Tensor
+    word_lengths: Tensor
     given_at: Tensor
     said_at: Tensor
     decoder: bool
@@ -363,6 +369,7 @@ class Batches:
                 times.append(torch.tensor([math.nan if t.at is None else t.at for t in sequence]))
         texts = [" ".join([*(s[0] for s in w.sentences), w.cut_text]).strip() for w in windows]
         characters = [[1 + CTC_ALPHABET.index(c) for c in text.lower()] for text in texts]
+        words = [self.words_of(window) for window in windows]
         pad = nn.utils.rnn.pad_sequence
         return Batch(
             torch.stack([w.mel(rng) for w in windows]),
@@ -370,19 +377,39 @@ class Batches:
             pad(targets, batch_first=True, padding_value=IGNORED),
             torch.tensor([c for row in characters for c in row]),
             torch.tensor([len(row) for row in characters]),
+            torch.tensor([w for row in words for w in row]),
+            torch.tensor([len(row) for row in words]),
             pad(given_at, batch_first=True, padding_value=math.nan),
             pad(said_at, batch_first=True, padding_value=math.nan),
             decoder,
         )
 
+    def words_of(self, window: Window) -> list[int]:
+        """The rows of the words heard, + 1; of a cut sentence those before the word that is cut."""
+        texts = [text for text, _, _ in window.sentences]
+        texts.append(window.cut_text.rpartition(" ")[0])
+        tokens = [self.tokenizer.encode(" " + text) for text in texts if text]
+        return [1 + self.row[t] for row in tokens for t in row]
+
+
+def by_ctc(logits: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
+    """CTC of logits (B, frames, classes), 0 the blank; targets end to end."""
+    log_probs = logits.float().log_softmax(-1).transpose(0, 1)
+    lengths = torch.full((logits.shape[0],), logits.shape[1])
+    return F.ctc_loss(log_probs, targets, lengths, target_lengths, zero_infinity=True)
+
 
 class Trainee(nn.Module):
-    """`whisper.Whisper` with the compact vocabulary, and the CTC head that training alone uses."""
+    """`whisper.Whisper` with the compact vocabulary, and the CTC heads that training alone uses."""
 
-    def __init__(self, n_used: int):
+    def __init__(self, n_used: int, n_words: int):
         super().__init__()
         self.whisper = Whisper(replace(DIMS, n_vocab=n_used + 1))  # the last row: all unused tokens
         self.ctc = nn.Linear(DIMS.n_audio_state, len(CTC_ALPHABET) + 1)
+        self.words = nn.Linear(DIMS.n_audio_state, n_words + 1)
+        nn.init.zeros_(self.words.weight)  # no shock for what has been learnt when it comes in
+        nn.init.zeros_(self.words.bias)
+        nn.init.constant_(self.words.bias[:1], RARE)  # the blank
         self.positions = self.whisper.encoder.positional_embedding
         nn.init.normal_(self.whisper.decoder.token_embedding.weight, std=0.02)
         nn.init.normal_(self.whisper.decoder.positional_embedding, std=0.01)
@@ -408,15 +435,16 @@ class Trainee(nn.Module):
         return (scores[known].logsumexp(-1) - inside).sum() / known.sum().clamp(min=1)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """cross_entropy and ctc, means over tokens and over characters, and alignment; CTC alone of
-        a batch that the decoder does not learn from."""
+        """cross_entropy, ctc and words, means over tokens, characters and words, and alignment; ctc
+        alone of a batch that the decoder does not learn from."""
         encoder = self.whisper.encoder
         frames = batch.mel.shape[-1] // 2
         encoder.positional_embedding = self.positions[:frames]
         features = encoder(batch.mel)
         encoder.positional_embedding = self.positions  # whole again, for the checkpoint
-        losses = {}
+        losses = {"ctc": by_ctc(self.ctc(features), batch.characters, batch.character_lengths)}
         if batch.decoder:
+            losses["words"] = by_ctc(self.words(features), batch.words, batch.word_lengths)
             logits = self.whisper.decoder(batch.tokens, features).float()
             logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
             losses["cross_entropy"] = F.cross_entropy(
@@ -426,11 +454,6 @@ class Trainee(nn.Module):
                 self.looks_elsewhere(0, features, batch.given_at)
                 + self.looks_elsewhere(DIMS.n_text_layer - 1, features, batch.said_at)
             )
-        log_probs = self.ctc(features).float().log_softmax(-1).transpose(0, 1)
-        lengths = torch.full((batch.mel.shape[0],), frames)
-        losses["ctc"] = F.ctc_loss(
-            log_probs, batch.characters, lengths, batch.character_lengths, zero_infinity=True
-        )
         return losses
 
     def take_over(self, checkpoint: weights.Checkpoint, used: list[int]) -> None:
@@ -469,12 +492,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save-every", type=int, default=100)
     args = parser.parse_args(argv)
 
+    torch.set_flush_denormal(True)  # else the sharp softmax of attention makes its gradient slow
     torch.manual_seed(args.seed)
     tokenizer = get_tokenizer(multilingual=False)
     corpus = Corpus(args.data, "train")
     batches = Batches(corpus, tokenizer, args.seed)
     used = used_tokens(tokenizer)
-    model = Trainee(len(used))
+    model = Trainee(len(used), sum(token < tokenizer.eot for token in used))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
