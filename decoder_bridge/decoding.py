@@ -66,8 +66,7 @@ def one_torch_thread() -> Iterator[None]:
     """PyTorch on one thread, and then on as many as before.
 
     After an operation on several threads PyTorch's workers keep their cores busy for a while, and
-    MAX, which wants all cores in every kernel, waits for them: with the stock rules between two
-    steps on two cores, a step of `demo` took 12 to 16 ms, and 4.6 ms with this.
+    MAX, which wants all cores in every kernel, waits for them, step by step.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -21,9 +21,6 @@ read in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-
 from max.dtype import DType
 from max.graph import (
     BufferType,
@@ -38,7 +35,19 @@ from max.graph import (
 )
 from whisper.model import ModelDimensions
 
-from encoder.graph import Tap, WeightSource, layer_norm, no_tap
+from encoder.graph import (
+    Linear,
+    Memory,
+    Tap,
+    WeightSource,
+    attention,
+    external_weights,
+    layer_norm,
+    mlp,
+    no_tap,
+    only_these,
+    qkv_attention,
+)
 from encoder.graph import linear as by_products
 from weights import expected_shapes
 
@@ -47,38 +56,13 @@ DECODER = "text_decoder"
 STEP = "text_decoder_step"
 
 KeysValues = list[tuple[TensorValue, TensorValue]]  # of each block
-Memory = Callable[[str, TensorValue, TensorValue], tuple[TensorValue, TensorValue]]
-Linear = Callable[[TensorValue, TensorValue, TensorValue | None], TensorValue]
-
-
-def qkv_attention(
-    q: TensorValue, k: TensorValue, v: TensorValue, n_head: int, mask: TensorValue | None
-) -> TensorValue:
-    """`MultiHeadAttention.qkv_attention`: q (B, T, 384), k and v (B, n, 384) -> (B, T, 384).
-
-    mask (T, n): 0 where a query may look, -inf where it may not. Written as the compiler wants it
-    to make one fused kernel of it.
-    """
-    batch, n_ctx, n_state = q.shape
-    n_head_state = int(n_state) // n_head  # 64 in every Whisper
-
-    def heads(y: TensorValue) -> TensorValue:  # (B, n, 384) -> (B, 6, n, 64)
-        split = ops.reshape(y, [y.shape[0], y.shape[1], n_head, n_head_state])
-        return ops.permute(split, [0, 2, 1, 3])
-
-    scores = (heads(q) @ ops.transpose(heads(k), 2, 3)) * n_head_state**-0.5  # (B, 6, T, n)
-    if mask is not None:
-        scores = scores + mask
-    wv = ops.softmax(scores) @ heads(v)  # (B, 6, T, 64)
-    return ops.reshape(ops.permute(wv, [0, 2, 1, 3]), [batch, n_ctx, n_state])
 
 
 def by_sums(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> TensorValue:
     """`torch.nn.Linear` of one token: x (B, 1, in), weight (out, in) -> (B, 1, out).
 
-    For a single sequence, a matrix times a vector, the sum reads each weight once, and takes half
-    the time of MAX 26.7's matrix product. For five it takes longer than the product: it reads the
-    weights five times.
+    For a single sequence, a matrix times a vector, the sum reads each weight once, and was faster
+    than MAX 26.7's matrix product where it was tried. For five it reads the weights five times.
     """
     batch, _, n_in = x.shape
     n_out = weight.shape[0]
@@ -86,27 +70,6 @@ def by_sums(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> Te
     y = ops.sum(ops.reshape(weight, [1, n_out, n_in]) * rows, axis=-1)  # (B, out, 1)
     y = ops.reshape(y, [batch, n_out])
     return ops.reshape(y if bias is None else y + bias, [batch, 1, n_out])
-
-
-def self_attention(
-    x: TensorValue,
-    mask: TensorValue,
-    remember: Memory,
-    weight: WeightSource,
-    name: str,
-    n_head: int,
-    linear: Linear,
-    tap: Tap,
-) -> TensorValue:
-    """`MultiHeadAttention` over the tokens so far: x (B, T, 384), mask (T, n) -> (B, T, 384)."""
-    q = linear(x, weight(f"{name}.query.weight"), weight(f"{name}.query.bias"))
-    k = linear(x, weight(f"{name}.key.weight"), None)  # Whisper's key has no bias
-    v = linear(x, weight(f"{name}.value.weight"), weight(f"{name}.value.bias"))
-    q, k, v = tap(f"{name}.query", q), tap(f"{name}.key", k), tap(f"{name}.value", v)
-    k, v = remember(name, k, v)  # (B, n, 384)
-    wv = tap(f"{name}.qkv_attention", qkv_attention(q, k, v, n_head, mask))
-    out = linear(wv, weight(f"{name}.out.weight"), weight(f"{name}.out.bias"))
-    return tap(f"{name}.out", out)
 
 
 def cross_attention(
@@ -126,17 +89,10 @@ def cross_attention(
     (batch, n_ctx, n_state), (k, v) = x.shape, keys_values
     q = linear(x, weight(f"{name}.query.weight"), weight(f"{name}.query.bias"))
     q = ops.reshape(tap(f"{name}.query", q), [k.shape[0], n_group * n_ctx, n_state])
-    wv = qkv_attention(q, k, v, n_head, None)  # (A, G * T, 384)
+    wv = qkv_attention(q, k, v, n_head)  # (A, G * T, 384)
     wv = tap(f"{name}.qkv_attention", ops.reshape(wv, [batch, n_ctx, n_state]))
     out = linear(wv, weight(f"{name}.out.weight"), weight(f"{name}.out.bias"))
     return tap(f"{name}.out", out)
-
-
-def mlp(x: TensorValue, weight: WeightSource, name: str, linear: Linear, tap: Tap) -> TensorValue:
-    """Linear, exact GELU, Linear: x (B, T, 384) -> (B, T, 1536) -> (B, T, 384)."""
-    x = linear(x, weight(f"{name}.0.weight"), weight(f"{name}.0.bias"))
-    x = tap(f"{name}.1", ops.gelu(tap(f"{name}.0", x), approximate="none"))
-    return tap(f"{name}.2", linear(x, weight(f"{name}.2.weight"), weight(f"{name}.2.bias")))
 
 
 def embed(tokens: TensorValue, length: Dim, weight: WeightSource, tap: Tap) -> TensorValue:
@@ -198,14 +154,14 @@ def decoder(
     for layer in range(dims.n_text_layer):
         name = f"blocks.{layer}"
         y = tap(f"{name}.attn_ln", layer_norm(x, weight, f"{name}.attn_ln"))
-        y = self_attention(y, mask, remember, weight, f"{name}.attn", n_head, linear, tap)
+        y = attention(y, weight, f"{name}.attn", n_head, tap, linear, mask, remember)
         x = tap(f"{name}.attn.residual", x + y)
         y = tap(f"{name}.cross_attn_ln", layer_norm(x, weight, f"{name}.cross_attn_ln"))
         to = f"{name}.cross_attn"
         y = cross_attention(y, n_group, cross[layer], weight, to, n_head, linear, tap)
         x = tap(f"{to}.residual", x + y)
         y = tap(f"{name}.mlp_ln", layer_norm(x, weight, f"{name}.mlp_ln"))
-        x = tap(name, x + mlp(y, weight, f"{name}.mlp", linear, tap))
+        x = tap(name, x + mlp(y, weight, f"{name}.mlp", tap, linear))
     return logits(x if rows is None else ops.gather(x, rows, axis=1), weight, linear, tap)
 
 
@@ -214,22 +170,6 @@ def decoder_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
     shapes = expected_shapes(dims)
     part = "decoder."
     return {name.removeprefix(part): s for name, s in shapes.items() if name.startswith(part)}
-
-
-def external_weights(dims: ModelDimensions, device: DeviceRef) -> WeightSource:
-    """Float32 external constants, bound by name when the compiled graphs are initialised.
-
-    They are declared on the host, where the checkpoint is, and moved to `device` once.
-    """
-    shapes = decoder_shapes(dims)
-
-    @cache  # the embedding of the tokens is used twice
-    def weight(name: str) -> TensorValue:
-        host = TensorType(DType.float32, shapes[name], DeviceRef.CPU())
-        value = ops.constant_external(name, host)
-        return value if device.is_cpu() else value.to(device)
-
-    return weight
 
 
 def in_buffers(buffers: dict[str, BufferValue], n_ctx: Dim, length: Dim) -> Memory:
@@ -257,7 +197,7 @@ def add_keys_values(module: Module, dims: ModelDimensions, device: DeviceRef) ->
     keys, then the values, of its cross attention."""
     features = TensorType(DType.float32, ["audio", dims.n_audio_ctx, dims.n_text_state], device)
     with Graph(KEYS_VALUES, input_types=[features], module=module) as graph:
-        weight = external_weights(dims, device)
+        weight = external_weights(decoder_shapes(dims), device)
         found = cross_keys_values(graph.inputs[0].tensor, weight, dims)
         graph.output(*(x for pair in found for x in pair))
 
@@ -296,7 +236,7 @@ def add_decoder(module: Module, dims: ModelDimensions, device: DeviceRef, *, ste
             mask,
             list(zip(cross[::2], cross[1::2], strict=True)),
             in_buffers(buffers, tokens.shape[2], mask.shape[1]),
-            external_weights(dims, device),
+            external_weights(decoder_shapes(dims), device),
             dims,
             by_sums if step else by_products,
             None if step else inputs[2].tensor,
@@ -325,9 +265,9 @@ def tapped_types(dims: ModelDimensions, n_ctx: str | int, device: DeviceRef) -> 
 def teacher_forcing(graph: Graph, dims: ModelDimensions, device: DeviceRef, tap: Tap) -> None:
     """The whole decoder on the inputs of `tapped_types`: all tokens at once, nothing remembered."""
     features, tokens, mask = (value.tensor for value in graph.inputs)
-    weight = external_weights(dims, device)
+    weight = external_weights(decoder_shapes(dims), device)
     cross = cross_keys_values(features, weight, dims, tap)
-    decoder(tokens, mask, cross, lambda _, k, v: (k, v), weight, dims, tap=tap)
+    decoder(tokens, mask, cross, only_these, weight, dims, tap=tap)
 
 
 def build_tapped(dims: ModelDimensions, device: DeviceRef) -> Graph:

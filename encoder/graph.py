@@ -14,8 +14,9 @@ graph of single stages. Two arguments make that possible:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 
 from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
@@ -27,6 +28,8 @@ LAYER_NORM_EPSILON = 1e-5  # the default of torch.nn.LayerNorm, which Whisper us
 
 WeightSource = Callable[[str], TensorValue]
 Tap = Callable[[str, TensorValue], TensorValue]
+Linear = Callable[[TensorValue, TensorValue, TensorValue | None], TensorValue]
+Memory = Callable[[str, TensorValue, TensorValue], tuple[TensorValue, TensorValue]]
 
 
 def no_tap(name: str, x: TensorValue) -> TensorValue:
@@ -72,33 +75,61 @@ def stem(mel: TensorValue, weight: WeightSource, tap: Tap = no_tap) -> TensorVal
     return tap("positional_embedding", x + weight("positional_embedding"))
 
 
-def attention(
-    x: TensorValue, weight: WeightSource, name: str, n_head: int, tap: Tap = no_tap
+def qkv_attention(
+    q: TensorValue, k: TensorValue, v: TensorValue, n_head: int, mask: TensorValue | None = None
 ) -> TensorValue:
-    """`MultiHeadAttention` over itself, no mask: x (B, T, n_state) -> (B, T, n_state).
+    """`MultiHeadAttention.qkv_attention`: q (B, T, n_state), k and v (B, n, n_state) -> as q.
 
-    The compiler turns `softmax((q @ k) * scale) @ v` into one fused kernel; the order of the
-    operands of the multiplication matters to it.
+    mask (T, n): 0 where a query may look, -inf where it may not. The compiler turns
+    `softmax((q @ k) * scale) @ v` into one fused kernel; the order of the operands of the
+    multiplication matters to it.
     """
-    batch, n_ctx, n_state = x.shape
+    batch, n_ctx, n_state = q.shape
     n_head_state = int(n_state) // n_head  # 64 in every Whisper
+
+    def heads(y: TensorValue) -> TensorValue:  # (B, n, 384) -> (B, 6, n, 64)
+        split = ops.reshape(y, [y.shape[0], y.shape[1], n_head, n_head_state])
+        return ops.permute(split, [0, 2, 1, 3])
+
+    scale = n_head_state**-0.5  # 1/sqrt(64); OpenAI gives 64**-0.25 to q and to k
+    scores = (heads(q) @ ops.transpose(heads(k), 2, 3)) * scale  # (B, 6, T, n)
+    if mask is not None:
+        scores = scores + mask
+    wv = ops.softmax(scores) @ heads(v)  # (B, 6, T, 64)
+    return ops.reshape(ops.permute(wv, [0, 2, 1, 3]), [batch, n_ctx, n_state])
+
+
+def only_these(name: str, k: TensorValue, v: TensorValue) -> tuple[TensorValue, TensorValue]:
+    """No memory: the keys and values are those of `x`."""
+    return k, v
+
+
+def attention(
+    x: TensorValue,
+    weight: WeightSource,
+    name: str,
+    n_head: int,
+    tap: Tap = no_tap,
+    linear: Linear = linear,
+    mask: TensorValue | None = None,
+    remember: Memory = only_these,
+) -> TensorValue:
+    """`MultiHeadAttention` over itself: x (B, T, n_state) -> (B, T, n_state).
+
+    The encoder has no mask and remembers nothing; with them it is the decoder's: mask (T, n).
+    """
     q = linear(x, weight(f"{name}.query.weight"), weight(f"{name}.query.bias"))
     k = linear(x, weight(f"{name}.key.weight"), None)  # Whisper's key has no bias
     v = linear(x, weight(f"{name}.value.weight"), weight(f"{name}.value.bias"))
     q, k, v = tap(f"{name}.query", q), tap(f"{name}.key", k), tap(f"{name}.value", v)
-
-    def heads(y: TensorValue) -> TensorValue:  # (B, T, 384) -> (B, 6, T, 64)
-        return ops.permute(ops.reshape(y, [batch, n_ctx, n_head, n_head_state]), [0, 2, 1, 3])
-
-    scale = n_head_state**-0.5  # 1/sqrt(64); OpenAI gives 64**-0.25 to q and to k
-    scores = heads(q) @ ops.transpose(heads(k), 2, 3)  # (B, 6, T, T)
-    wv = ops.softmax(scores * scale) @ heads(v)  # (B, 6, T, 64)
-    wv = ops.reshape(ops.permute(wv, [0, 2, 1, 3]), [batch, n_ctx, n_state])
-    wv = tap(f"{name}.qkv_attention", wv)
+    k, v = remember(name, k, v)  # (B, n, n_state)
+    wv = tap(f"{name}.qkv_attention", qkv_attention(q, k, v, n_head, mask))
     return tap(f"{name}.out", linear(wv, weight(f"{name}.out.weight"), weight(f"{name}.out.bias")))
 
 
-def mlp(x: TensorValue, weight: WeightSource, name: str, tap: Tap = no_tap) -> TensorValue:
+def mlp(
+    x: TensorValue, weight: WeightSource, name: str, tap: Tap = no_tap, linear: Linear = linear
+) -> TensorValue:
     """Linear, exact GELU, Linear: x (B, T, n_state) -> (B, T, 4 * n_state) -> (B, T, n_state)."""
     x = tap(f"{name}.0", linear(x, weight(f"{name}.0.weight"), weight(f"{name}.0.bias")))
     x = tap(f"{name}.1", ops.gelu(x, approximate="none"))
@@ -131,13 +162,13 @@ def encoder_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix("encoder."): shape for name, shape in shapes.items()}
 
 
-def external_weights(dims: ModelDimensions, device: DeviceRef) -> WeightSource:
+def external_weights(shapes: Mapping[str, tuple[int, ...]], device: DeviceRef) -> WeightSource:
     """Float32 external constants, bound by name when the compiled model is initialised.
 
     They are declared on the host, where the checkpoint is, and moved to `device` once.
     """
-    shapes = encoder_shapes(dims)
 
+    @cache  # a tensor may be used twice
     def weight(name: str) -> TensorValue:
         host = TensorType(DType.float32, shapes[name], DeviceRef.CPU())
         value = ops.constant_external(name, host)
@@ -155,7 +186,7 @@ def build(dims: ModelDimensions, device: DeviceRef) -> Graph:
     """The production graph: one input, mel, with any batch size; one output, the features."""
     with Graph("whisper_audio_encoder", input_types=[mel_type(dims, device)]) as graph:
         (mel,) = graph.inputs
-        graph.output(encoder(mel.tensor, external_weights(dims, device), dims))
+        graph.output(encoder(mel.tensor, external_weights(encoder_shapes(dims), device), dims))
     return graph
 
 
@@ -168,7 +199,7 @@ def build_tapped(dims: ModelDimensions, device: DeviceRef) -> Graph:
         return x
 
     with Graph("whisper_audio_encoder_taps", input_types=[mel_type(dims, device)]) as graph:
-        encoder(graph.inputs[0].tensor, external_weights(dims, device), dims, tap)
+        encoder(graph.inputs[0].tensor, external_weights(encoder_shapes(dims), device), dims, tap)
         graph.output(*taps)
     return graph
 
@@ -183,7 +214,7 @@ def tap_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
 
     cpu = DeviceRef.CPU()
     with Graph("tap_shapes", input_types=[mel_type(dims, cpu)]) as graph:
-        encoder(graph.inputs[0].tensor, external_weights(dims, cpu), dims, tap)
+        encoder(graph.inputs[0].tensor, external_weights(encoder_shapes(dims), cpu), dims, tap)
     return found
 
 

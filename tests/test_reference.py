@@ -22,12 +22,10 @@ from validation.reference import (
     ReferenceBroken,
     SelfCheck,
     Taps,
-    float64_taps,
     floor,
     functional_distances,
     own_floor,
     record,
-    reference_taps,
     run_eager,
     run_float64,
 )
@@ -130,7 +128,7 @@ def test_names_and_shapes(small: Reference):
 @pytest.mark.parametrize("layers", [0, 1, 3])
 def test_any_number_of_layers(layers):
     checkpoint = small_checkpoint(n_audio_layer=layers)
-    taps = reference_taps(checkpoint, small_mel())
+    taps = Reference(checkpoint).taps(small_mel())
     assert len(taps) == 7 + 12 * layers
     expected = by_hand(checkpoint, small_mel())
     assert max(relative_l2(taps[n], expected[n]) for n in taps) < 2e-6
@@ -214,9 +212,6 @@ def test_the_float64_features_are_those_of_the_twin(small: Reference):
     mel = small_mel()
     assert torch.equal(small.exact(mel)["ln_post"], run_float64(small.twin, mel))
     assert torch.equal(small.taps(mel)["ln_post"], run_eager(small.stock, mel))
-    assert torch.equal(
-        float64_taps(small_checkpoint(), mel)["ln_post"], small.exact(mel)["ln_post"]
-    )
 
 
 @pytest.mark.parametrize(

@@ -325,13 +325,3 @@ def own_floor(taps: Taps, tensors: Mapping[str, Tensor], dims: ModelDimensions) 
         single = compute(stage, taps, tensors, dims.n_audio_head)
         found[stage.name] = relative_l2(single, own_output(stage, taps, tensors, dims.n_audio_head))
     return found
-
-
-def reference_taps(checkpoint: Checkpoint, mel: Tensor) -> Taps:
-    """`Reference.taps` for a caller who wants one window only."""
-    return Reference(checkpoint).taps(mel)
-
-
-def float64_taps(checkpoint: Checkpoint, mel: Tensor) -> Taps:
-    """`Reference.exact` for a caller who wants one window only."""
-    return Reference(checkpoint).exact(mel)
