@@ -19,8 +19,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +35,7 @@ from whisper.model import ModelDimensions
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 from whisper.utils import WriteTXT, get_writer, optional_float, optional_int, str2bool
 
+from decoder_bridge.batch import WITHOUT, transcribe_batched
 from decoder_bridge.variants import DEFAULT, VARIANTS, VariantError, reason_against, what_ran
 from encoder.audio import N_FRAMES, SAMPLE_RATE, AudioError, load_audio, require_file, windows
 
@@ -43,6 +45,7 @@ from encoder.audio import N_FRAMES, SAMPLE_RATE, AudioError, load_audio, require
 WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
 INTERRUPTED = 130  # what a shell reports of a program ended by SIGINT: 128 + 2
 BROKEN_PIPE = 141  # by SIGPIPE: 128 + 13
+BATCHED = {"beam_size": None, "condition_on_previous_text": False}  # defaults of --batch_size 2 ...
 
 EPILOG = f"""\
 variants:
@@ -59,6 +62,11 @@ what differs from openai-whisper's command line:
   --fp16 is False by default, and True is refused but by variant gpu
   --verbose is False by default: a progress bar, if stderr is a terminal; with True a last line
   on stderr says how long it took, without loading the model, and what computed it
+  --batch_size is new: 2 or more cut each file at its pauses into windows of at most 30 s, none of
+  which knows the text of another, and decode so many at once. The text may differ from that of
+  one window after the other (1). --condition_on_previous_text is then False by default and
+  --beam_size None; True, beams but in variant max-fast, prompts, clips and times of words are
+  refused
   --threads also limits the encoder, where the system can bind a program to some of its processors
   --offline, --features and --truth are new; --truth ends with that last line and the word error
   rate in it, over words as OpenAI normalises them
@@ -134,6 +142,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="put the initial prompt before every window")
     add("--condition_on_previous_text", type=str2bool, default=True,
         help="prompt each window with the text of the one before")
+    add("--batch_size", type=int, default=1,
+        help="windows decoded at once, without the text before them; 1: one after the other")
     add("--fp16", type=str2bool, default=False,
         help="compute in float16, in variant gpu; elsewhere accepted as False only")
 
@@ -190,6 +200,14 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
     for option, number in sorted(vars(args).items()):
         if isinstance(number, float) and not math.isfinite(number):
             parser.error(f"--{option} is {number}, expected a finite number")
+    if args.batch_size < 1:
+        parser.error("--batch_size must be 1 or more")
+    if args.batch_size > 1:
+        for option, value in WITHOUT.items():
+            if getattr(args, option) != value:
+                parser.error(f"--{option} cannot hold with --batch_size {args.batch_size}")
+        if args.beam_size is not None and args.variant != "max-fast":
+            parser.error("--beam_size with --batch_size needs --variant max-fast")
     for option in ("beam_size", "best_of"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             parser.error(f"--{option} must be 1 or more, or None")
@@ -218,6 +236,8 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error("--features makes no transcript for --output_dir and --output_format")
         if args.truth is not None:
             parser.error("--features makes no transcript for --truth")
+        if args.batch_size > 1:
+            parser.error("--features makes no transcript for --batch_size")
         if args.variant != DEFAULT:
             parser.error(f"--features is the output of MAX's encoder: no --variant but {DEFAULT}")
     if writes:
@@ -229,6 +249,14 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         complain("--max_line_count has no effect without --max_line_width")
     if args.max_words_per_line and args.max_line_width:
         complain("--max_words_per_line has no effect with --max_line_width")
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The options; those that are not given have other defaults beside --batch_size 2 and more."""
+    args = parser.parse_args(argv)
+    if args.batch_size > 1:
+        return parser.parse_args(argv, argparse.Namespace(**BATCHED))
+    return args
 
 
 def complain(sentence: object) -> None:
@@ -321,7 +349,7 @@ def transcribe_options(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `whisper.transcribe`, made from the options as in its `cli()`."""
     options = dict(vars(args))
     own = "audio model model_dir offline device variant output_dir output_format features truth"
-    for name in [*own.split(), "threads", *WORD_OPTIONS]:
+    for name in [*own.split(), "threads", "batch_size", *WORD_OPTIONS]:
         del options[name]
     increment = options.pop("temperature_increment_on_fallback")
     if increment is not None:
@@ -390,6 +418,9 @@ def transcribe_files(args: argparse.Namespace) -> int:
                 complain(f"{args.model} knows English only, not {args.language}: using English.")
             options["language"] = "en"
 
+        transcribe: Callable[..., dict[str, Any]] = model.transcribe
+        if args.batch_size > 1:
+            transcribe = partial(transcribe_batched, model, batch_size=args.batch_size)
         done = 0
         for path, audio in itertools.chain([first], recordings):
             if args.verbose:
@@ -400,7 +431,7 @@ def transcribe_files(args: argparse.Namespace) -> int:
             began = time.perf_counter()
             try:
                 with contextlib.redirect_stdout(printed):
-                    result = model.transcribe(audio, **options)
+                    result = transcribe(audio, **options)
             except EngineError as error:
                 complain(error)
                 continue
@@ -451,9 +482,11 @@ def how_it_went(
     heard: float,
     took: float,
 ) -> str:
-    """The last line: seconds heard and taken, the word error rate where `truth` is given, and
-    what computed it, as the model's own modules say."""
+    """The last line: seconds heard and taken, how many windows at once where that is not 1, the
+    word error rate where `truth` is given, and what computed it, as the model's own modules say."""
     line = [f"{heard:.1f} s heard in {took:.1f} s ({heard / took:.1f} times real time)"]
+    if args.batch_size > 1:
+        line.append(f"up to {args.batch_size} windows at once, without the text before them")
     if truth is not None:
         from encoder.truth import word_errors
 
@@ -550,7 +583,7 @@ def save_features(args: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """0: done. 1: something could not be done, one sentence each on stderr. 2: usage error."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     check_usage(parser, args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal's encoding lacks is printed as its escape. A pipe gets

@@ -189,6 +189,7 @@ def test_options_and_defaults_are_openais_but_for_the_stated_ones(monkeypatch):
         "--features",
         "--truth",
         "--variant",
+        "--batch_size",
     }
 
 
@@ -198,6 +199,7 @@ def test_help_states_every_difference():
     for flag in [*OTHER_DEFAULTS, "--offline", "--features", "--truth", "--threads", "--model_dir"]:
         assert flag in stated, flag
     assert "--variant" in stated
+    assert "--batch_size" in stated
 
 
 def test_transcribe_gets_what_openais_cli_gives_it(world, tmp_path, monkeypatch):
@@ -257,6 +259,16 @@ def test_without_an_increment_there_is_one_temperature():
         ("--variant tpu", "invalid choice: 'tpu'"),
         ("--variant cpu --fp16 True", "variant cpu computes in float32"),
         ("--variant cpu --features f.safetensors", "--features is the output of MAX's encoder"),
+        ("--batch_size 0", "--batch_size must be 1 or more"),
+        ("--batch_size x", "invalid int value: 'x'"),
+        ("--batch_size 2 --word_timestamps True", "--word_timestamps cannot hold with --batch_"),
+        ("--batch_size 2 --condition_on_previous_text True", "--condition_on_previous_text cannot"),
+        ("--batch_size 2 --initial_prompt a", "--initial_prompt cannot hold with --batch_size 2"),
+        ("--batch_size 2 --carry_initial_prompt True", "--carry_initial_prompt cannot hold"),
+        ("--batch_size 2 --clip_timestamps 1,2", "--clip_timestamps cannot hold"),
+        ("--batch_size 2 --hallucination_silence_threshold 1", "threshold cannot hold"),
+        ("--batch_size 2 --beam_size 5", "--beam_size with --batch_size needs --variant max-fast"),
+        ("--batch_size 2 --features f.safetensors", "makes no transcript for --batch_size"),
         ("--language Klingon", "invalid choice: 'Klingon'"),
         ("b.wav --features f.safetensors", "--features takes exactly one audio file"),
         ("--features f.safetensors -o .", "--features makes no transcript"),
@@ -455,6 +467,54 @@ def test_one_text_is_not_the_truth_of_two_files(world, tmp_path, capsys):
     assert main([*paths, "--truth", str(tmp_path / "t.txt")]) == 1
     assert "is one text for 2 audio files" in capsys.readouterr().err
     assert not world.loads
+
+
+# ---------------------------------------------------------------- a batch
+
+
+@pytest.fixture
+def batches(monkeypatch) -> list[dict]:
+    """What `transcribe_batched` is asked for."""
+    asked: list[dict] = []
+
+    def transcribe_batched(model: Model, audio: np.ndarray, batch_size: int, **options: object):
+        asked.append({"model": model, "batch_size": batch_size, **options})
+        return Model().transcribe(audio, **options)
+
+    monkeypatch.setattr("encoder.run.transcribe_batched", transcribe_batched)
+    return asked
+
+
+def test_a_batch_is_asked_for_without_what_it_cannot_do(world, batches, tmp_path, capsys):
+    path = record(tmp_path / "a.wav")
+    assert main([path, "--batch_size", "8", "--verbose", "True", "--language", "da"]) == 0
+    (asked,) = batches
+    assert asked.pop("model") is world.model
+    assert asked.pop("batch_size") == 8
+    assert not world.model.calls
+    assert asked["condition_on_previous_text"] is False
+    assert asked["beam_size"] is None
+    assert asked["best_of"] == 5
+    out, err = capsys.readouterr()
+    assert out.endswith("[1.0]  second 1 ü\n")
+    batch = "up to 8 windows at once, without the text before them · "
+    assert re.fullmatch(SPEED + batch + ENCODER, err)
+
+
+def test_one_window_after_the_other_is_openais_own(world, batches, tmp_path, capsys):
+    assert main([record(tmp_path / "a.wav"), "--batch_size", "1", "--verbose", "True"]) == 0
+    assert not batches
+    (call,) = world.model.calls
+    assert call["beam_size"] == 5
+    assert call["condition_on_previous_text"] is True
+    assert "batch_size" not in call
+    assert "windows at once" not in capsys.readouterr().err
+
+
+def test_beams_in_a_batch_are_max_fasts(world, batches, tmp_path):
+    argv = ["--batch_size", "2", "--beam_size", "3", "--variant", "max-fast"]
+    assert main([record(tmp_path / "a.wav"), *argv]) == 0
+    assert batches[0]["beam_size"] == 3
 
 
 # ---------------------------------------------------------------- files

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import weights
 from decoder_bridge.model import stock_model
 from encoder.audio import N_SAMPLES, AudioError, load_audio, require_file, windows
 from encoder.engine import EngineError
-from validation import golden, page, report
+from validation import decoder_parity, golden, page, report
 from validation.candidates import (
     Candidate,
     CandidateError,
@@ -45,7 +46,7 @@ from weights import Checkpoint, WeightsError, expected_shapes
 PASSED, FAILED, CANNOT, INTERRUPTED = 0, 1, 2, 130
 
 EPILOG = """\
-candidates:
+candidates (of a decoder max and torch):
   max                   the encoder of this package (default)
   torch                 stock openai-whisper in PyTorch's fused attention
   npz:FILE              taps that your port dumped: an .npz or .safetensors, tap name -> array
@@ -60,13 +61,19 @@ example: python -m validation parity speech.flac --model tiny.en --html report.h
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m validation parity",
-        description="Compare an encoder with stock openai-whisper's, tap by tap.",
+        description="Compare an encoder, or a decoder, with stock openai-whisper's, tap by tap.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("audio", nargs="*", help="audio files, in any format that FFmpeg reads")
     add("--model", default="tiny", help="the reference's weights: a name, demo, a path (tiny)")
+    add(
+        "--part",
+        choices=("encoder", "decoder"),
+        default="encoder",
+        help="what is compared (encoder)",
+    )
     add("--candidate", default="max", help="what is compared, see below (max)")
     add("--candidate-model", help="other weights for the candidate than the reference's")
     add("--windows", type=int, help="only the first N 30 s windows of each file (all)")
@@ -109,6 +116,8 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--truth is what is said in the whole file: give it without --windows")
     if args.save is not None and args.fail_fast:
         parser.error("--save keeps every window: give it without --fail-fast")
+    if args.part == "decoder":
+        check_decoder_usage(parser, args)
     outputs = [args.json, args.markdown, args.html, args.svg, args.save]
     outputs = [path for path in outputs if path is not None]
     for path in outputs:
@@ -118,6 +127,18 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{path} is a folder, a file is expected")
         if outputs.count(path) > 1 or str(path) in [*args.audio, str(args.load)]:
             parser.error(f"{path} is named twice")
+
+
+def check_decoder_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with status 2 and one sentence on what is for the encoder alone."""
+    for option in ("html", "svg", "save", "load", "truth"):
+        if getattr(args, option) is not None:
+            parser.error(f"--{option} is for the encoder alone: --part decoder has no use for it")
+    if args.candidate not in decoder_parity.CANDIDATES:
+        known = " and ".join(decoder_parity.CANDIDATES)
+        parser.error(f"{args.candidate} is no decoder to compare: --part decoder knows {known}")
+    if args.transcript and args.candidate == "torch":
+        parser.error("--transcript compares stock with max-fast: give it with --candidate max")
 
 
 @dataclass(frozen=True)
@@ -226,6 +247,41 @@ def check_max(candidate: MaxCandidate, mel: Tensor) -> tuple[float, dict[str, An
     return observer, proof
 
 
+def require_one_size(ours: Checkpoint, theirs: Checkpoint, args: argparse.Namespace) -> None:
+    """Raise ParityError where the part that is compared is of two sizes."""
+    decoder = args.part == "decoder"
+    a, b = (expected_shapes(c.dims, decoder=decoder) for c in (ours, theirs))
+    for name in a | b:
+        if a.get(name) != b.get(name):
+            what = "models" if decoder else "encoders"
+            raise ParityError(
+                f"{name} has shape {b.get(name)} in {args.candidate_model} and {a.get(name)} in "
+                f"{args.model}: {what} of one size are expected"
+            )
+
+
+def compare_decoder(args: argparse.Namespace, command: str) -> dict[str, Any]:
+    """`compare` for `--part decoder`."""
+    began = time.monotonic()
+    checkpoint, other = weights.load(args.model, offline=args.offline), None
+    checkpoint.require_decoder()
+    if args.candidate_model is not None:
+        other = weights.load(args.candidate_model, offline=args.offline)
+        other.require_decoder()
+        require_one_size(checkpoint, other, args)
+    return decoder_parity.compare(
+        checkpoint,
+        other,
+        args.candidate,
+        recordings(args, checkpoint.dims.n_mels),
+        windows=args.windows,
+        transcript=args.transcript,
+        fail_fast=args.fail_fast,
+        command=command,
+        began=began,
+    )
+
+
 def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """The report of one run of the command; raises what `main` turns into a sentence."""
     began = time.monotonic()
@@ -235,13 +291,7 @@ def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
     other = None
     if args.candidate_model is not None:
         other = weights.load(args.candidate_model, offline=args.offline, encoder_only=True)
-        ours, theirs = (expected_shapes(c.dims, decoder=False) for c in (checkpoint, other))
-        for name in ours | theirs:
-            if ours.get(name) != theirs.get(name):
-                raise ParityError(
-                    f"{name} has shape {theirs.get(name)} in {args.candidate_model} and "
-                    f"{ours.get(name)} in {args.model}: encoders of one size are expected"
-                )
+        require_one_size(checkpoint, other, args)
     wanted = wants_transcript(args, checkpoint)
     dims = checkpoint.dims
     reference = Reference(checkpoint) if args.load is None else None
@@ -308,13 +358,15 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[2:] if argv is None else argv
     command = shlex.join(["python", "-m", "validation", "parity", *given])
     try:
-        result = compare(args, command)
+        decoder = args.part == "decoder"
+        result = (compare_decoder if decoder else compare)(args, command)
+        also = decoder_parity.sentences(result) if decoder else []
         # Into a pipe or a file: wide enough for every column of the table.
-        report.terminal(result, Console() if sys.stdout.isatty() else Console(width=110))
+        report.terminal(result, Console() if sys.stdout.isatty() else Console(width=110), also)
         sys.stdout.flush()
         for path, text in (
             (args.json, report.dumps),
-            (args.markdown, report.markdown),
+            (args.markdown, partial(report.markdown, also=also)),
             (args.html, page.html),
             (args.svg, page.svg_depth),
         ):

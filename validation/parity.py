@@ -174,9 +174,9 @@ class Measured:
     """What is kept of all windows of all files: each tap where it was worst, a line for each file,
     and of the earliest tap that fails anywhere the cause; not the taps themselves."""
 
-    def __init__(self, dims: ModelDimensions):
+    def __init__(self, dims: ModelDimensions, in_order: list[Stage] | None = None):
         self.dims = dims
-        self.order = {stage.name: i for i, stage in enumerate(stages(dims))}
+        self.order = {s.name: i for i, s in enumerate(in_order or stages(dims))}
         self.taps: dict[str, Judged] = {}
         self.files: dict[str, FileLine] = {}
         self.first: Judged | None = None
@@ -186,6 +186,27 @@ class Measured:
 
     def _earlier(self, found: Judged, known: Judged | None) -> bool:
         return known is None or self.order[found.stage.name] < self.order[known.stage.name]
+
+    def see(self, judged: list[Judged], audio_sha256: str, mel_sha256: str) -> Judged | None:
+        """One window's verdicts, one at least; returns the first tap that is outside a limit, where
+        it is the earliest of all windows so far."""
+        line = self.files.setdefault(judged[0].file, FileLine(audio_sha256))
+        line.mel_sha256.append(mel_sha256)
+        for j in judged:
+            name = j.stage.name
+            if name not in self.taps or j.ratio > self.taps[name].ratio:
+                self.taps[name] = j
+            if line.worst is None or j.ratio > line.worst.ratio:
+                line.worst = j
+            if name == list(self.order)[-1]:
+                line.final = max(line.final or 0.0, j.free.relative_l2)
+        first = first_diverging(judged)
+        if first is not None and self._earlier(first, line.first):
+            line.first = first
+        if first is None or not self._earlier(first, self.first):
+            return None
+        self.first = first
+        return first
 
     def add(
         self,
@@ -197,21 +218,9 @@ class Measured:
     ) -> None:
         """One window's verdicts, with both sides' taps, from which cause and plots are made; with
         the samples of a file that is one window a wrong mel is explained by what made it."""
-        line = self.files.setdefault(golden.file, FileLine(golden.audio_sha256))
-        line.mel_sha256.append(golden.mel_sha256)
-        for j in judged:
-            name = j.stage.name
-            if name not in self.taps or j.ratio > self.taps[name].ratio:
-                self.taps[name] = j
-            if line.worst is None or j.ratio > line.worst.ratio:
-                line.worst = j
-            if name == "ln_post":
-                line.final = max(line.final or 0.0, j.free.relative_l2)
-        first = first_diverging(judged)
-        if first is not None and self._earlier(first, line.first):
-            line.first = first
-        if first is not None and self._earlier(first, self.first):
-            self.first = self._plotted = first
+        first = self.see(judged, golden.audio_sha256, golden.mel_sha256)
+        if first is not None:
+            self._plotted = first
             self.cause = fingerprints.explain(
                 first.stage, candidate, golden.taps, tensors, self.dims, audio
             )
@@ -277,9 +286,8 @@ def sha256_of(data: Tensor | np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
-def tensor_table(reference: Checkpoint, candidate: Checkpoint | None) -> list[dict[str, Any]]:
+def tensor_table(ours: Taps, theirs: Taps) -> list[dict[str, Any]]:
     """The weights stage: every tensor's shape, dtype and SHA-256, before any activation."""
-    theirs = candidate.encoder_tensors() if candidate is not None else {}
     return [
         {
             "name": name,
@@ -288,7 +296,7 @@ def tensor_table(reference: Checkpoint, candidate: Checkpoint | None) -> list[di
             "sha256": sha256_of(tensor.float()),
             "candidate_sha256": sha256_of(theirs[name].float()) if name in theirs else None,
         }
-        for name, tensor in reference.encoder_tensors().items()
+        for name, tensor in ours.items()
     ]
 
 
@@ -340,6 +348,19 @@ def tap_of(j: Judged) -> dict[str, Any]:
     }
 
 
+def circumstances(command: str, began: float) -> dict[str, Any]:
+    """By what, on what and in how many seconds a report was made."""
+    return {
+        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
+        "cpu": processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": command,
+        "commit": commit(),
+        "seconds": time.monotonic() - began,
+    }
+
+
 def report(
     measured: Measured,
     *,
@@ -378,19 +399,15 @@ def report(
             "mel": joined_sha256([f["sha256"]["mel"] for f in files]),
             "weights": model.source.sha256,
             "candidate_weights": bound.source.sha256 if bound else None,
-            "tensors": tensor_table(model, bound),
+            "tensors": tensor_table(
+                model.encoder_tensors(), bound.encoder_tensors() if bound else {}
+            ),
         },
         "alive": alive,
         "ran": ran,
         "semantic": semantic,
         "plots": measured.plots,
-        "versions": {p: version(p) for p in PACKAGES} | {"python": platform.python_version()},
-        "cpu": processor(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "command": command,
-        "commit": commit(),
-        "seconds": time.monotonic() - began,
+        **circumstances(command, began),
     }
 
 

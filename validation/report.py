@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def sentence(report: Report) -> str:
         return f"{said} ({over_floor(final)} times PyTorch's own float32 noise)"
     first = report["first_diverging"]
     if first is None:
-        return "fail: every tap is within its limits, but the transcript is not the same"
+        problems = report.get("problems") or ["the transcript is not the same"]
+        return f"fail: every tap is within its limits, but {' and '.join(problems)}"
     said = f"fail: first differs at {first}"
     found = [x for x in judged(taps[first]) if x[0] in past(taps[first])]
     if found:
@@ -134,6 +136,8 @@ def sentence(report: Report) -> str:
         if metrics["nonfinite"]:
             error = f"{metrics['nonfinite']:,} values are not finite"
         said += f" ({'' if kind == 'free' else kind + ' '}{error}, limit {figure(limit)})"
+    if "cause" not in report:  # nobody looked for one
+        return said
     if cause := report["cause"]:
         return f"{said}: {cause['sentence'].removeprefix(f'{first}: ')}"
     return f"{said}: no cause in the table of fingerprints explains it"
@@ -257,6 +261,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         "candidate": " with ".join(filter(None, (report["candidate"], report["candidate_model"]))),
         "audio (SHA-256)": inputs["audio"],
         "mel (SHA-256)": inputs["mel"],
+        **{f"{x} (SHA-256)": inputs[x] for x in ("features", "tokens") if x in inputs},
         "weights (SHA-256)": inputs["weights"],
         "candidate's weights (SHA-256)": inputs["candidate_weights"],
         "tensors": f"{len(tensors)}{compared if known else ''}",
@@ -271,8 +276,9 @@ def provenance(report: Report) -> list[tuple[str, str]]:
     return [(label, text_of(value)) for label, value in rows.items()]
 
 
-def terminal(report: Report, console: Console) -> None:
-    """A line per tap, the worst one coloured, a line per file if several, and the verdict."""
+def terminal(report: Report, console: Console, also: Sequence[str] = ()) -> None:
+    """A line per tap, the worst one coloured, a line per file if several, what is `also` said, and
+    the verdict."""
     report = clean(report)
 
     def plain(text: str, style: str = "") -> Text:
@@ -310,15 +316,15 @@ def terminal(report: Report, console: Console) -> None:
         console.print()
         console.print(table([(file_row(file), "") for file in report["files"]]))
     console.print()
-    for said in (semantic_sentence(report), tolerance_sentence(report)):
+    for said in (*also, semantic_sentence(report), tolerance_sentence(report)):
         if said is not None:
             console.print(plain(said), soft_wrap=True)
     style = "bold green" if report["verdict"] == "pass" else "bold red"
     console.print(plain(sentence(report), style), soft_wrap=True)
 
 
-def markdown(report: Report) -> str:
-    """The report as GitHub Markdown."""
+def markdown(report: Report, also: Sequence[str] = ()) -> str:
+    """The report as GitHub Markdown, with what is `also` said."""
     report = clean(report)
 
     def cell(text: str) -> str:
@@ -343,7 +349,7 @@ def markdown(report: Report) -> str:
         return table([{"": label, "value": value} for label, value in rows])
 
     local = local_kind(report)
-    said = (semantic_sentence(report), tolerance_sentence(report))
+    said = (*also, semantic_sentence(report), tolerance_sentence(report))
     lines = [f"# Parity: {report['verdict']}", "", prose(sentence(report)) + ".", ""]
     lines += [line for x in said if x is not None for line in (cell(x) + ".", "")]
     lines += ["## Taps", "", cell(legend(local)) + ".", ""]

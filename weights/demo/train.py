@@ -52,7 +52,7 @@ DIMS = ModelDimensions(
     n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=2,
 )  # fmt: skip
 CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
-WEIGHTS = {"cross_entropy": 1.0, "ctc": 0.5, "words": 1.0, "alignment": 0.3}  # of the losses
+WEIGHTS = {"cross_entropy": 1.0, "ctc": 0.5, "words": 1.0, "alignment": 1.0}  # of the losses
 NEAR = 0.4  # seconds about a word within which an alignment head may look
 RARE = 8.0  # the logit that the blank has above a word before anything is learnt
 PEAK_LR = 8e-4
@@ -67,8 +67,8 @@ CURRICULUM: tuple[tuple[float, bool, tuple[tuple[float, int, float], ...]], ...]
     (1500, False, ((2.8, 22, 0.35), (4.6, 14, 0.35), (15.0, 4, 0.15), (WINDOW, 2, 0.15))),
     (2100, True, ((1.3, 40, 0.4), (2.8, 22, 0.4), (4.6, 14, 0.2))),
     (3700, True, ((2.8, 22, 0.2), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2))),
-    (6000, True, ((4.6, 14, 0.25), (8.0, 8, 0.3), (15.0, 4, 0.25), (WINDOW, 2, 0.2))),
-    (math.inf, True, ((4.6, 14, 0.1), (8.0, 8, 0.15), (15.0, 4, 0.25), (WINDOW, 2, 0.5))),
+    (4300, True, ((4.6, 14, 0.25), (8.0, 8, 0.3), (15.0, 4, 0.25), (WINDOW, 2, 0.2))),
+    (math.inf, True, ((4.6, 14, 0.05), (8.0, 8, 0.15), (15.0, 4, 0.35), (WINDOW, 2, 0.45))),
 )
 MAX_INITIAL_TIMESTAMP = 1.0  # seconds: stock decoding never begins a window with a later one
 MAX_PROMPT = 223  # tokens: n_text_ctx // 2 - 1, what stock decoding keeps
