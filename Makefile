@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install run parity faults test check clean
+.PHONY: help install run demo parity faults benchmark test check clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
@@ -25,11 +25,17 @@ $(INSTALLED): pyproject.toml constraints.txt
 run: $(INSTALLED) ## transcribe: make run AUDIO=speech.mp3 MODEL=tiny
 	@$(BIN)/python -m encoder.run --model '$(MODEL)' --verbose True $(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)'
 
+demo: $(INSTALLED) ## the variants one after another in the terminal: make demo AUDIO=speech.mp3 MODEL=tiny
+	@$(BIN)/python -m validation demo --model '$(MODEL)' $(if $(filter file,$(origin AUDIO)),,$(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)')
+
 parity: $(INSTALLED) ## is the encoder OpenAI's, tap by tap: make parity AUDIO=speech.mp3 MODEL=tiny
 	@$(BIN)/python -m validation parity --model '$(MODEL)' '$(AUDIO)'
 
 faults: $(INSTALLED) ## what mistakes cost in words, the short form: about twenty faults, three recordings
 	@$(BIN)/python -m validation faults --short --restart --model '$(MODEL)'
+
+benchmark: $(INSTALLED) ## all variants and peers, timed side by side, some minutes: make benchmark MODEL=tiny.en
+	@$(BIN)/python -m validation benchmark --model '$(MODEL)' $(if $(filter file,$(origin AUDIO)),,$(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)')
 
 test: check ## ruff, mypy and all tests
 	$(BIN)/python -m pytest

@@ -279,6 +279,18 @@ def test_the_words_of_a_batch_are_those_heard_whole(corpus: Corpus):
     assert int(batch.word_lengths.sum()) == len(batch.words) > 0
 
 
+def test_the_rows_of_timestamps_share_an_image_of_their_times():
+    model = trainee()
+    own = model.whisper.decoder.token_embedding.weight.detach()
+    assert torch.equal(model.token_embedding(), own)  # from nothing at first
+    torch.nn.init.normal_(model.clock)
+    moved = (model.token_embedding().detach() - own).abs().amax(1) > 0
+    stamps = [t >= TOKENIZER.timestamp_begin for t in used_tokens(TOKENIZER)]
+    assert moved.tolist() == [*stamps, False]
+    assert torch.allclose(model.basis.norm(dim=1), torch.ones(train.STAMPS))
+    assert torch.allclose(model.basis[:1500] * 192**0.5, model.positions)
+
+
 def test_a_batch_depends_on_seed_and_step_alone(corpus: Corpus):
     first, again = Batches(corpus, TOKENIZER, 1)(5), Batches(corpus, TOKENIZER, 1)(5)
     assert torch.equal(first.mel, again.mel)
@@ -342,12 +354,13 @@ def test_export_round_trip(tmp_path: Path, monkeypatch):
     torch.manual_seed(1)
     used = used_tokens(TOKENIZER)
     model = trainee()
+    torch.nn.init.normal_(model.clock)
     torch.save({"model": model.state_dict(), "step": 3, "seed": 1}, tmp_path / "checkpoint.pt")
     out = tmp_path / "demo.safetensors"
     assert export.main(["--run", str(tmp_path), "--out", str(out)]) == 0
     loaded = weights.load(str(out))
     table = loaded.tensors["decoder.token_embedding.weight"]
-    trained = model.whisper.decoder.token_embedding.weight.detach().half()
+    trained = model.token_embedding().detach().half()
     assert torch.equal(table[used], trained[:-1])
     unused = sorted(set(range(train.DIMS.n_vocab)) - set(used))
     assert torch.equal(table[unused], trained[-1:].expand(len(unused), -1))

@@ -1,9 +1,11 @@
-"""`python -m validation COMMAND`: is a Whisper encoder the same function as OpenAI's.
+"""`python -m validation COMMAND`: is a part of Whisper the same function as OpenAI's.
 
-parity     compare a candidate with the stock encoder, tap by tap, down to the transcript
+parity     compare an encoder or a decoder with stock's, tap by tap, down to the transcript
 numbers    the encoder's output alone against stock, on a file, silence and noise
 calibrate  the clean errors from which the limits of `parity` were set
 faults     what each mistake of other ports costs, and whether parity sees and names it
+benchmark  all variants and other engines on the same weights, timed in one interleaved run
+demo       the variants on one recording, one after another, in the terminal
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ COMMANDS = {
     "numbers": "validation.numbers",
     "calibrate": "validation.calibrate",
     "faults": "validation.bench",
+    "benchmark": "validation.benchmark",
+    "demo": "validation.demo",
 }
 
 
