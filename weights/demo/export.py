@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from whisper.tokenizer import get_tokenizer
 
-from weights.demo.train import DIMS, used_tokens
+from weights.demo.train import DIMS, Trainee, used_tokens
 
 LIMIT = 40_000_000  # bytes, the most that the repository should carry
 
@@ -29,12 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     state = torch.load(args.run / "checkpoint.pt", weights_only=True)
-    tensors = {
-        name.removeprefix("whisper."): tensor.to(torch.float16).contiguous()
-        for name, tensor in state["model"].items()
-        if name.startswith("whisper.")
-    }
-    tokens = used_tokens(get_tokenizer(multilingual=False))
+    tokenizer = get_tokenizer(multilingual=False)
+    tokens = used_tokens(tokenizer)
+    model = Trainee(len(tokens), sum(token < tokenizer.eot for token in tokens))
+    model.load_state_dict(state["model"])
+    found = model.whisper.state_dict()
+    found["decoder.token_embedding.weight"] = model.token_embedding().detach()
+    tensors = {name: tensor.to(torch.float16).contiguous() for name, tensor in found.items()}
     tensors["decoder.token_embedding.tokens"] = torch.tensor(tokens, dtype=torch.int32)
     metadata = {
         "format": "pt",

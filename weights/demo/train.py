@@ -7,7 +7,7 @@ depends on the corpus, the seed and the step alone. The learning rate warms up, 
 zero over the last --decay steps; a run that is asked for more steps later goes on from the last
 checkpoint before the fall. Refuses to start without the corpus of `weights.demo.speech`.
 
-Five economies:
+Six economies:
 - Only the used tokens have an embedding row of their own; all others share one more row, whose
   logit gets + log(number of unused tokens). That is exactly the full softmax over OpenAI's tokens.
 - A window shorter than 30 s runs on its own length: the positional embedding is a fixed sinusoid,
@@ -15,6 +15,8 @@ Five economies:
 - CTC over characters teaches the encoder to hear before the decoder can; its head is not exported.
 - CTC over words, once there are letters, teaches it to spell them: the decoder then has to read one
   place for a word. Its head is not exported either.
+- A timestamp is seen too rarely to be learnt for itself: all share a linear image of the sinusoids
+  of their times, those that the encoder's positions have, which is added to their own rows.
 - Where each word is spoken is known, about: one head of each of the decoder's layers is taught to
   look there, the first layer's at the token that it was given, the last one's at the next.
 
@@ -39,8 +41,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from whisper.audio import HOP_LENGTH, log_mel_spectrogram
-from whisper.model import ModelDimensions, Whisper
+from whisper.model import ModelDimensions, Whisper, sinusoids
 from whisper.tokenizer import Tokenizer, get_tokenizer
 
 import weights
@@ -68,10 +71,12 @@ CURRICULUM: tuple[tuple[float, bool, tuple[tuple[float, int, float], ...]], ...]
     (2100, True, ((1.3, 40, 0.4), (2.8, 22, 0.4), (4.6, 14, 0.2))),
     (3700, True, ((2.8, 22, 0.2), (4.6, 14, 0.3), (8.0, 8, 0.3), (15.0, 4, 0.2))),
     (4300, True, ((4.6, 14, 0.25), (8.0, 8, 0.3), (15.0, 4, 0.25), (WINDOW, 2, 0.2))),
-    (math.inf, True, ((4.6, 14, 0.05), (8.0, 8, 0.15), (15.0, 4, 0.35), (WINDOW, 2, 0.45))),
+    (4800, True, ((4.6, 14, 0.05), (8.0, 8, 0.15), (15.0, 4, 0.35), (WINDOW, 2, 0.45))),
+    (math.inf, True, ((8.0, 8, 0.1), (15.0, 4, 0.25), (WINDOW, 2, 0.65))),
 )
 MAX_INITIAL_TIMESTAMP = 1.0  # seconds: stock decoding never begins a window with a later one
 MAX_PROMPT = 223  # tokens: n_text_ctx // 2 - 1, what stock decoding keeps
+STAMPS = 1501  # 0.00 to 30.00 s; the last of the used tokens
 IGNORED = -1  # a target without loss
 
 
@@ -80,7 +85,7 @@ def used_tokens(tokenizer: Tokenizer) -> list[int]:
     words = {t for w in VOCABULARY for t in tokenizer.encode(" " + w)}
     special = {tokenizer.sot, tokenizer.eot, tokenizer.no_timestamps, tokenizer.no_speech,
                tokenizer.sot_prev}  # fmt: skip
-    stamps = set(range(tokenizer.timestamp_begin, tokenizer.timestamp_begin + 1501))
+    stamps = set(range(tokenizer.timestamp_begin, tokenizer.timestamp_begin + STAMPS))
     return sorted(words | special | stamps)
 
 
@@ -360,7 +365,7 @@ class Batches:
             # Without timestamps a cut sentence has no name: half of all, about, are without.
             timestamps = window.cut is not None or rng.random() < 0.3
             prompt = None
-            if rng.random() < (0.5 if seconds > 8 else 0.1 if seconds > 4 else 0):
+            if rng.random() < (0.3 if seconds > 8 else 0.1 if seconds > 4 else 0):
                 prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
             given, said = tokens_of(window, self.tokenizer, timestamps, prompt)
             tokens.append(torch.tensor([self.row[t.token] for t in given]))
@@ -402,6 +407,8 @@ def by_ctc(logits: Tensor, targets: Tensor, target_lengths: Tensor) -> Tensor:
 class Trainee(nn.Module):
     """`whisper.Whisper` with the compact vocabulary, and the CTC heads that training alone uses."""
 
+    basis: Tensor
+
     def __init__(self, n_used: int, n_words: int):
         super().__init__()
         self.whisper = Whisper(replace(DIMS, n_vocab=n_used + 1))  # the last row: all unused tokens
@@ -410,6 +417,10 @@ class Trainee(nn.Module):
         nn.init.zeros_(self.words.weight)  # no shock for what has been learnt when it comes in
         nn.init.zeros_(self.words.bias)
         nn.init.constant_(self.words.bias[:1], RARE)  # the blank
+        # Rows of length 1, so that the image, from nothing at first, moves like the other rows.
+        basis = sinusoids(STAMPS, DIMS.n_text_state) / (DIMS.n_text_state / 2) ** 0.5
+        self.register_buffer("basis", basis, persistent=False)
+        self.clock = nn.Parameter(torch.zeros(DIMS.n_text_state, DIMS.n_text_state))
         self.positions = self.whisper.encoder.positional_embedding
         nn.init.normal_(self.whisper.decoder.token_embedding.weight, std=0.02)
         nn.init.normal_(self.whisper.decoder.positional_embedding, std=0.01)
@@ -417,6 +428,12 @@ class Trainee(nn.Module):
         self.queries: dict[int, Tensor] = {}  # what the cross-attentions were asked, by layer
         for layer, block in enumerate(self.whisper.decoder.blocks):
             block.cross_attn.register_forward_pre_hook(partial(self._see, layer))
+
+    def token_embedding(self) -> Tensor:
+        """The decoder's rows: of words and special tokens, of timestamps, of all unused tokens."""
+        rows = self.whisper.decoder.token_embedding.weight
+        words, stamps, unused = rows.split([len(rows) - STAMPS - 1, STAMPS, 1])
+        return torch.cat([words, stamps + self.basis @ self.clock, unused])
 
     def _see(self, layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.queries[layer] = inputs[0]
@@ -445,7 +462,9 @@ class Trainee(nn.Module):
         losses = {"ctc": by_ctc(self.ctc(features), batch.characters, batch.character_lengths)}
         if batch.decoder:
             losses["words"] = by_ctc(self.words(features), batch.words, batch.word_lengths)
-            logits = self.whisper.decoder(batch.tokens, features).float()
+            rows = {"token_embedding.weight": self.token_embedding()}
+            given = batch.tokens, features
+            logits = functional_call(self.whisper.decoder, rows, given).float()
             logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
             losses["cross_entropy"] = F.cross_entropy(
                 logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED
