@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SAMPLES, sample_rows
+from torch.func import functional_call
 from whisper.audio import log_mel_spectrogram
 from whisper.tokenizer import get_tokenizer
 
@@ -226,7 +227,8 @@ def test_the_alignment_loss_is_small_where_the_head_looks_at_the_word(corpus: Co
     with torch.no_grad():
         found = model(batch)
         features = torch.randn(len(batch.mel), batch.mel.shape[-1] // 2, 384)
-        model.whisper.decoder(batch.tokens, features)
+        rows = {"token_embedding.weight": model.token_embedding()}
+        functional_call(model.whisper.decoder, rows, (batch.tokens, features))
         ours = model.looks_elsewhere(1, features, batch.said_at)
         cross = model.whisper.decoder.blocks[1].cross_attn
         weights_ = (
@@ -279,16 +281,22 @@ def test_the_words_of_a_batch_are_those_heard_whole(corpus: Corpus):
     assert int(batch.word_lengths.sum()) == len(batch.words) > 0
 
 
-def test_the_rows_of_timestamps_share_an_image_of_their_times():
-    model = trainee()
-    own = model.whisper.decoder.token_embedding.weight.detach()
-    assert torch.equal(model.token_embedding(), own)  # from nothing at first
+def test_the_rows_of_timestamps_are_one_row_and_an_image_of_their_times():
+    model, used = trainee(), used_tokens(TOKENIZER)
     torch.nn.init.normal_(model.clock)
-    moved = (model.token_embedding().detach() - own).abs().amax(1) > 0
-    stamps = [t >= TOKENIZER.timestamp_begin for t in used_tokens(TOKENIZER)]
-    assert moved.tolist() == [*stamps, False]
-    assert torch.allclose(model.basis.norm(dim=1), torch.ones(train.STAMPS))
-    assert torch.allclose(model.basis[:1500] * 192**0.5, model.positions)
+    table, own = model.token_embedding().detach(), model.whisper.decoder.token_embedding.weight
+    assert table.shape == (len(used) + 1, 384)
+    others = len(used) - train.STAMPS
+    assert used[others] == TOKENIZER.timestamp_begin
+    assert torch.equal(table[:others], own[:others])
+    assert torch.equal(table[-1], own[-1])
+    image = model.positions / 192**0.5 @ model.clock.detach()  # of 0.00, 0.02, ..., 29.98 s
+    torch.testing.assert_close(table[others:-2], own[-2].detach() + image, atol=1e-4, rtol=1e-4)
+    other = trainee()
+    other.set_stamps(table[others:-1])
+    torch.testing.assert_close(
+        other.token_embedding()[others:-1], table[others:-1], atol=0.05, rtol=0
+    )
 
 
 def test_a_batch_depends_on_seed_and_step_alone(corpus: Corpus):

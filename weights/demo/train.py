@@ -15,8 +15,8 @@ Six economies:
 - CTC over characters teaches the encoder to hear before the decoder can; its head is not exported.
 - CTC over words, once there are letters, teaches it to spell them: the decoder then has to read one
   place for a word. Its head is not exported either.
-- A timestamp is seen too rarely to be learnt for itself: all share a linear image of the sinusoids
-  of their times, those that the encoder's positions have, which is added to their own rows.
+- A timestamp is seen too rarely to be learnt for itself: their rows are one row that all share and
+  a linear image of the sinusoids of their times, those that the encoder's positions have.
 - Where each word is spoken is known, about: one head of each of the decoder's layers is taught to
   look there, the first layer's at the token that it was given, the last one's at the next.
 
@@ -411,7 +411,8 @@ class Trainee(nn.Module):
 
     def __init__(self, n_used: int, n_words: int):
         super().__init__()
-        self.whisper = Whisper(replace(DIMS, n_vocab=n_used + 1))  # the last row: all unused tokens
+        # Rows of words and special tokens, one that all timestamps share, one of all unused tokens.
+        self.whisper = Whisper(replace(DIMS, n_vocab=n_used - STAMPS + 2))
         self.ctc = nn.Linear(DIMS.n_audio_state, len(CTC_ALPHABET) + 1)
         self.words = nn.Linear(DIMS.n_audio_state, n_words + 1)
         nn.init.zeros_(self.words.weight)  # no shock for what has been learnt when it comes in
@@ -430,10 +431,17 @@ class Trainee(nn.Module):
             block.cross_attn.register_forward_pre_hook(partial(self._see, layer))
 
     def token_embedding(self) -> Tensor:
-        """The decoder's rows: of words and special tokens, of timestamps, of all unused tokens."""
+        """The decoder's rows: of every used token, and last that of all unused ones."""
         rows = self.whisper.decoder.token_embedding.weight
-        words, stamps, unused = rows.split([len(rows) - STAMPS - 1, STAMPS, 1])
-        return torch.cat([words, stamps + self.basis @ self.clock, unused])
+        others, stamp, unused = rows.split([len(rows) - 2, 1, 1])
+        return torch.cat([others, stamp + self.basis @ self.clock, unused])
+
+    def set_stamps(self, rows: Tensor) -> None:
+        """The timestamps' rows (1501, 384), as nearly as what they share can have them."""
+        shared = rows.mean(0)
+        self.whisper.decoder.token_embedding.weight.data[-2] = shared
+        fitted = torch.linalg.lstsq(self.basis, rows - shared, rcond=1e-3, driver="gelsd")
+        self.clock.data = fitted.solution
 
     def _see(self, layer: int, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.queries[layer] = inputs[0]
@@ -476,7 +484,8 @@ class Trainee(nn.Module):
         return losses
 
     def take_over(self, checkpoint: weights.Checkpoint, used: list[int]) -> None:
-        """Start from an earlier `demo`: every tensor, and the rows of the tokens that it knew."""
+        """Start from an earlier `demo`: every tensor, and the rows of the tokens that it knew; of
+        the timestamps' what they share."""
         tensors = {name: t.float() for name, t in checkpoint.tensors.items()}
         table = tensors.pop("decoder.token_embedding.weight")
         missing, unexpected = self.whisper.load_state_dict(tensors, strict=False)
@@ -488,9 +497,10 @@ class Trainee(nn.Module):
         shared = (table == table.mode(dim=0).values).all(dim=1)
         with torch.no_grad():
             rows = self.whisper.decoder.token_embedding.weight
-            for i, token in enumerate(used):
+            for i, token in enumerate(used[:-STAMPS]):
                 if not shared[token]:
                     rows[i] = table[token]
+            self.set_stamps(table[used[-STAMPS:]])
             rows[-1] = table[shared.nonzero()[0, 0]] if shared.any() else unused
 
 
