@@ -268,6 +268,17 @@ def corpus(tmp_path: Path) -> Corpus:
     return Corpus(tmp_path, "train")
 
 
+def test_some_of_the_words_that_the_decoder_is_given_are_wrong(corpus: Corpus):
+    batches, rng = Batches(corpus, TOKENIZER, 1), random.Random(1)
+    word, stamp = TOKENIZER.encode(" " + text.NOUNS[0])[0], TOKENIZER.timestamp_begin + 7
+    heard = [batches.misheard(Said(word, 1.5), rng) for _ in range(4000)]
+    wrong = [said.token for said in heard if said.token != word]
+    assert len(wrong) / 4000 == pytest.approx(train.MISHEARD, rel=0.2)
+    assert len(set(wrong)) > 200
+    assert {said.at for said in heard} == {1.5}
+    assert {batches.misheard(Said(stamp, 0.14), rng) for _ in range(99)} == {Said(stamp, 0.14)}
+
+
 def test_the_words_of_a_batch_are_those_heard_whole(corpus: Corpus):
     batches = Batches(corpus, TOKENIZER, 1)
     used = used_tokens(TOKENIZER)
@@ -351,6 +362,7 @@ def test_an_earlier_demo_hands_on_what_it_knows(demo_checkpoint):
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing():
     rates = [train.learning_rate(step, 1000, 200) for step in range(1001)]
+    assert train.learning_rate(train.LATER, 10**6, 1) == train.LATER_LR
     assert max(rates) == train.PEAK_LR == rates[train.WARMUP] == rates[799]
     assert rates[0] == pytest.approx(train.PEAK_LR / train.WARMUP)
     assert rates[900] == pytest.approx(train.PEAK_LR / 2)

@@ -59,7 +59,9 @@ WEIGHTS = {"cross_entropy": 1.0, "ctc": 0.5, "words": 1.0, "alignment": 1.0}  # 
 NEAR = 0.4  # seconds about a word within which an alignment head may look
 RARE = 8.0  # the logit that the blank has above a word before anything is learnt
 PEAK_LR = 8e-4
+LATER, LATER_LR = 6900, 4e-4  # from this step on
 WARMUP = 200  # steps
+MISHEARD = 0.08  # of the words that the decoder is given, once it has learnt to find its way
 HARD, HARD_SHARE = "flite:", 0.35  # voices that are harder to hear than espeak-ng's
 WINDOW = 30.0  # seconds, Whisper's own
 # The curriculum: (up to this step, whether the decoder learns too, ((seconds, windows a batch,
@@ -351,6 +353,7 @@ class Batches:
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, seed: int):
         self.corpus, self.tokenizer, self.seed = corpus, tokenizer, seed
         self.row = {t: i for i, t in enumerate(used_tokens(tokenizer))} | {IGNORED: IGNORED}
+        self.words = [t for t in self.row if 0 <= t < tokenizer.eot]
 
     def __call__(self, step: int) -> Batch:
         rng = random.Random(f"batch/{self.seed}/{step}")
@@ -368,6 +371,8 @@ class Batches:
             if rng.random() < (0.3 if seconds > 8 else 0.1 if seconds > 4 else 0):
                 prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
             given, said = tokens_of(window, self.tokenizer, timestamps, prompt)
+            if step >= LATER:
+                given = [self.misheard(t, rng) for t in given]
             tokens.append(torch.tensor([self.row[t.token] for t in given]))
             targets.append(torch.tensor([self.row[t.token] for t in said]))
             for times, sequence in ((given_at, given), (said_at, said)):
@@ -388,6 +393,13 @@ class Batches:
             pad(said_at, batch_first=True, padding_value=math.nan),
             decoder,
         )
+
+    def misheard(self, said: Said, rng: random.Random) -> Said:
+        """Some words replaced by any other: the decoder must go on where it was after a mistake of
+        its own, and not where it finds the mistaken word."""
+        if said.token >= self.tokenizer.eot or rng.random() >= MISHEARD:
+            return said
+        return replace(said, token=rng.choice(self.words))
 
     def words_of(self, window: Window) -> list[int]:
         """The rows of the words heard, + 1; of a cut sentence those before the word that is cut."""
@@ -505,8 +517,11 @@ class Trainee(nn.Module):
 
 
 def learning_rate(step: int, steps: int, decay: int) -> float:
-    """Linear warm-up, the peak, and a linear fall to zero over the last `decay` steps."""
-    return PEAK_LR * min(1.0, (step + 1) / WARMUP, (steps - step) / max(1, decay))
+    """Linear warm-up, the peak, half of it later, and a linear fall to zero over the last `decay`
+    steps."""
+    return (LATER_LR if step >= LATER else PEAK_LR) * min(
+        1.0, (step + 1) / WARMUP, (steps - step) / max(1, decay)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
