@@ -38,7 +38,7 @@ from validation.parity import (
     tap_of,
     tensor_table,
 )
-from validation.reference import floor
+from validation.reference import floor, rank
 from validation.report import figure
 from validation.semantic import (
     first_difference,
@@ -181,11 +181,6 @@ def judge(
     return judged
 
 
-def size(x: float) -> float:
-    """To find the worst: what is not finite counts as the largest."""
-    return x if math.isfinite(x) else math.inf
-
-
 @dataclass(frozen=True)
 class Steps:
     """The logits of a prompt and then one token at a time, against those of all tokens at once.
@@ -219,7 +214,7 @@ def steps_of(candidate: DecoderCandidate, forced: Forced, at_once: Tensor) -> St
         logits = stepwise(candidate.inference(n_prompt), forced, n_prompt)
         for i, (ours, due) in enumerate(zip(logits[0], at_once[0], strict=True)):
             found.append(Steps(relative_l2(ours, due), i, n_prompt))
-    return max(found, key=lambda s: size(s.relative_l2))
+    return max(found, key=lambda s: rank(s.relative_l2))
 
 
 def step_limit(stock: float) -> float:
@@ -319,9 +314,9 @@ class Kept:
 
     def logits(self) -> dict[str, Any]:
         """Of all windows: the worst, and KL and first choice over all positions."""
-        kl = sorted((x for window in self.windows for x in window["kl"]), key=size)
+        kl = sorted((x for window in self.windows for x in window["kl"]), key=rank)
         same = [x for window in self.windows for x in window["same_top1"]]
-        worst = {k: max((w[k] for w in self.windows), key=size) for k in ("relative_l2", "max_abs")}
+        worst = {k: max((w[k] for w in self.windows), key=rank) for k in ("relative_l2", "max_abs")}
         return {
             **worst,
             "positions": len(kl),
@@ -334,7 +329,7 @@ class Kept:
     def steps(self) -> dict[str, Any]:
         """Of all windows the one whose steps are nearest to their limit, or furthest past it."""
         found = [{k: w[k] for k in ("file", "window")} | w["steps"] for w in self.windows]
-        return max(found, key=lambda s: size(s["relative_l2"] / s["limit"]))
+        return max(found, key=lambda s: rank(s["relative_l2"] / s["limit"]))
 
 
 def compare(
@@ -442,7 +437,7 @@ def report(
         "verdict": "pass" if first is None and not problems else "fail",
         "first_diverging": first.stage.name if first else None,
         "problems": problems,
-        "observer": max(kept.observers, key=size),
+        "observer": max(kept.observers, key=rank),
         "model": Path(model.source.name).name,
         "candidate": candidate,
         "candidate_model": Path(other.source.name).name if other else None,

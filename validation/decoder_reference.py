@@ -22,7 +22,7 @@ from whisper.model import LayerNorm, TextDecoder, disable_sdpa
 from decoder_bridge.model import stock_model
 from validation import stages
 from validation.metrics import relative_l2
-from validation.reference import ReferenceBroken, SelfCheck
+from validation.reference import ReferenceBroken, SelfCheck, rank
 from validation.semantic import knows_timestamps
 from validation.stages import Stage
 from weights import Checkpoint
@@ -251,9 +251,7 @@ class DecoderReference:
         with torch.no_grad():
             fused = self.model.decoder(forced.tokens, forced.features)
             plain = self._functional_distances(forced, taps)
-        worst = max(
-            plain, key=lambda name: plain[name] if plain[name] == plain[name] else torch.inf
-        )
+        worst = max(plain, key=lambda name: rank(plain[name]))
         found = SelfCheck(
             hooked_equals_unhooked=same,
             repeatable=same or torch.equal(first, self.logits(forced)),

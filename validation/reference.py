@@ -270,7 +270,7 @@ class Reference:
         with torch.no_grad():
             fused = self.stock(mel)
         functional = functional_distances(taps, mel, self.tensors, self.dims)
-        worst = max(functional, key=lambda name: _rank(functional[name]))
+        worst = max(functional, key=lambda name: rank(functional[name]))
         found = SelfCheck(
             hooked_equals_unhooked=same,
             repeatable=same or torch.equal(first, self.features(mel)),
@@ -288,7 +288,7 @@ class Reference:
         return found
 
 
-def _rank(distance: float) -> float:
+def rank(distance: float) -> float:
     """NaN counts as the largest."""
     return distance if distance == distance else torch.inf
 
