@@ -183,8 +183,13 @@ class Worker:
         return answer
 
     def _stop(self) -> None:
+        """Stop the process and wait until all its threads stand, where the system can say so."""
         self._idle = True
         self._signal("SIGSTOP")
+        if hasattr(os, "waitid") and self._process.pid is not None:
+            with suppress(ChildProcessError):  # it has ended, and its status was read
+                events = os.WSTOPPED | os.WEXITED | os.WNOWAIT
+                os.waitid(os.P_PID, self._process.pid, events)
 
     def _continue(self) -> None:
         self._idle = False
