@@ -6,7 +6,10 @@ TRUTH ?= $(if $(filter samples/%,$(AUDIO)),samples/samples.json)
 MODEL ?= demo
 VENV := .venv
 BIN := $(VENV)/bin
+# What a transcript needs, and what tests and benchmark need besides.
 INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
+PIP = $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 .DEFAULT_GOAL := help
 .PHONY: help install run demo parity faults benchmark test check clean
@@ -14,12 +17,16 @@ INSTALLED := $(VENV)/.installed
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 12
 
-install: $(INSTALLED) ## the environment in .venv, with the tested versions
+install: $(DEVELOPED) ## the environment in .venv, with the tested versions of everything
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) .
+	@touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(PIP) '.[dev]'
 	@touch $@
 
 run: $(INSTALLED) ## transcribe: make run AUDIO=speech.mp3 MODEL=tiny
@@ -34,13 +41,13 @@ parity: $(INSTALLED) ## is the encoder OpenAI's, tap by tap: make parity AUDIO=s
 faults: $(INSTALLED) ## what mistakes cost in words, the short form: about twenty faults, three recordings
 	@$(BIN)/python -m validation faults --short --restart --model '$(MODEL)'
 
-benchmark: $(INSTALLED) ## all variants and peers, timed side by side, some minutes: make benchmark MODEL=tiny.en
+benchmark: $(DEVELOPED) ## all variants and peers, timed side by side, some minutes: make benchmark MODEL=tiny.en
 	@$(BIN)/python -m validation benchmark --model '$(MODEL)' $(if $(filter file,$(origin AUDIO)),,$(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)')
 
 test: check ## ruff, mypy and all tests
 	$(BIN)/python -m pytest
 
-check: $(INSTALLED) ## ruff and mypy
+check: $(DEVELOPED) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

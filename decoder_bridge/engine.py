@@ -6,6 +6,7 @@ It computes on the CPU in float32, and refuses what the checkpoint or the caches
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from max.driver import Buffer
@@ -14,7 +15,14 @@ from whisper.model import ModelDimensions
 
 import decoder_bridge.graph
 import encoder.graph
-from decoder_bridge.graph import DECODER, KEYS_VALUES, STEP, decoder_shapes, tap_names
+from decoder_bridge.graph import (
+    DECODER,
+    KEYS_VALUES,
+    STEP,
+    TOKEN_EMBEDDING,
+    decoder_shapes,
+    tap_names,
+)
 from encoder.engine import KINDS, Bound, EngineError, Kind, check_input, float32_weights, in_place
 from weights import Checkpoint
 
@@ -22,6 +30,9 @@ SOURCES = (encoder.graph.__file__, decoder_bridge.graph.__file__)
 SIZES = ("n_vocab", "n_audio_ctx", "n_text_ctx", "n_text_state", "n_text_head", "n_text_layer")
 KINDS |= {
     "decoder": Kind(decoder_bridge.graph.build, "the decoder", SOURCES, SIZES),
+    "decoder-half": Kind(
+        partial(decoder_bridge.graph.build, stored_half=True), "the decoder", SOURCES, SIZES
+    ),
     "decoder-taps": Kind(
         decoder_bridge.graph.build_tapped, "the decoder with taps", SOURCES, SIZES
     ),
@@ -39,6 +50,14 @@ def decoder_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     part = "decoder."
     tensors = {k.removeprefix(part): x for k, x in checkpoint.tensors.items() if k.startswith(part)}
     return float32_weights(tensors, decoder_shapes(checkpoint.dims), "decoder")
+
+
+def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with the token embedding in float16, where not one of its numbers is changed by
+    that, as in every checkpoint that was published in float16; else `tensors` as they are."""
+    table = tensors[TOKEN_EMBEDDING]
+    half = table.half()
+    return {**tensors, TOKEN_EMBEDDING: half} if torch.equal(half.float(), table) else tensors
 
 
 def require_cpu(device: str) -> None:
@@ -129,13 +148,19 @@ class Cache:
 class Decoder(Bound):
     """The compiled decoder: `start(features)` -> a cache, `logits(cache, tokens)` as it grows.
 
+    Of the token embedding, most of what is read for a token, it holds a float16 copy where that is
+    the same numbers, and else uses the float32 one.
+
     Raises `EngineError` where MAX cannot do it, `weights.WeightsError` where the checkpoint has no
     decoder; compiles (minutes, once) where no artifact is kept.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto"):
         require_cpu(device)
-        super().__init__("decoder", checkpoint.dims, device, decoder_weights(checkpoint))
+        tensors = halved(decoder_weights(checkpoint))
+        self.stored_half = tensors[TOKEN_EMBEDDING].dtype == torch.float16
+        kind = "decoder-half" if self.stored_half else "decoder"
+        super().__init__(kind, checkpoint.dims, device, tensors)
         self._mask = causal_mask(self.dims)
 
     def start(self, features: Tensor) -> Cache:

@@ -17,6 +17,9 @@ read in place.
 
 `weight` and `tap` are those of `encoder/graph.py`. A third argument says what lies in the buffers:
     remember(name, k, v) -> (k, v)    takes the new keys and values, gives all of them so far
+
+The embedding may be stored in float16 (`stored_half`); each of its numbers is made float32 where it
+is read, and all sums are float32.
 """
 
 from __future__ import annotations
@@ -54,6 +57,8 @@ from weights import expected_shapes
 KEYS_VALUES = "cross_attention_keys_values"
 DECODER = "text_decoder"
 STEP = "text_decoder_step"
+
+TOKEN_EMBEDDING = "token_embedding.weight"
 
 KeysValues = list[tuple[TensorValue, TensorValue]]  # of each block
 
@@ -99,7 +104,8 @@ def embed(tokens: TensorValue, length: Dim, weight: WeightSource, tap: Tap) -> T
     """tokens (A, G, T), the last of n -> (B, T, 384), positions added."""
     n_audio, n_group, n_ctx = tokens.shape
     flat = ops.reshape(tokens, [n_audio * n_group, n_ctx])
-    x = tap("token_embedding", ops.gather(weight("token_embedding.weight"), flat, axis=0))
+    rows = ops.gather(weight(TOKEN_EMBEDDING), flat, axis=0)
+    x = tap("token_embedding", ops.cast(rows, DType.float32))
     positions = weight("positional_embedding")[new_rows(n_ctx, length), :]  # (T, 384)
     return tap("positional_embedding", x + positions)
 
@@ -107,11 +113,11 @@ def embed(tokens: TensorValue, length: Dim, weight: WeightSource, tap: Tap) -> T
 def logits(x: TensorValue, weight: WeightSource, linear: Linear, tap: Tap) -> TensorValue:
     """The last norm, then the product with every token's embedding: (B, T, 384) -> (B, T, 51864).
 
-    80 MB of float32 are read here for a token, more than everywhere else together: whoever stores
-    the embedding in half the width widens it here.
+    80 MB of float32 are read here for a token, more than everywhere else together, or 40 MB of
+    float16.
     """
     x = tap("ln", layer_norm(x, weight, "ln"))
-    return tap("logits", linear(x, weight("token_embedding.weight"), None))
+    return tap("logits", linear(x, ops.cast(weight(TOKEN_EMBEDDING), DType.float32), None))
 
 
 def new_rows(n_ctx: Dim, length: Dim) -> tuple[slice, Dim]:
@@ -172,6 +178,17 @@ def decoder_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(part): s for name, s in shapes.items() if name.startswith(part)}
 
 
+def decoder_weights(dims: ModelDimensions, device: DeviceRef, stored_half: bool) -> WeightSource:
+    """The decoder's tensors as external constants, float32 but for the embedding if `stored_half`:
+    its rows are more than half of all weights, and in a published checkpoint they are float16."""
+    weight = external_weights(decoder_shapes(dims), device)
+    if not stored_half:
+        return weight
+    host = TensorType(DType.float16, decoder_shapes(dims)[TOKEN_EMBEDDING], DeviceRef.CPU())
+    table = ops.constant_external(TOKEN_EMBEDDING, host)
+    return lambda name: table if name == TOKEN_EMBEDDING else weight(name)
+
+
 def in_buffers(buffers: dict[str, BufferValue], n_ctx: Dim, length: Dim) -> Memory:
     """Memory in buffers (A, G, 448, 384): "blocks.0.attn.key", "blocks.0.attn.value", ...
 
@@ -202,7 +219,9 @@ def add_keys_values(module: Module, dims: ModelDimensions, device: DeviceRef) ->
         graph.output(*(x for pair in found for x in pair))
 
 
-def add_decoder(module: Module, dims: ModelDimensions, device: DeviceRef, *, step: bool) -> None:
+def add_decoder(
+    module: Module, dims: ModelDimensions, device: DeviceRef, *, step: bool, stored_half: bool
+) -> None:
     """Add a graph of the decoder: new tokens -> logits.
 
     inputs: tokens (A, G, T) int64, T being 1 in the graph of a `step`; mask (T, n), which says by
@@ -236,7 +255,7 @@ def add_decoder(module: Module, dims: ModelDimensions, device: DeviceRef, *, ste
             mask,
             list(zip(cross[::2], cross[1::2], strict=True)),
             in_buffers(buffers, tokens.shape[2], mask.shape[1]),
-            external_weights(decoder_shapes(dims), device),
+            decoder_weights(dims, device, stored_half),
             dims,
             by_sums if step else by_products,
             None if step else inputs[2].tensor,
@@ -244,12 +263,12 @@ def add_decoder(module: Module, dims: ModelDimensions, device: DeviceRef, *, ste
         graph.output(answer)
 
 
-def build(dims: ModelDimensions, device: DeviceRef) -> Module:
+def build(dims: ModelDimensions, device: DeviceRef, stored_half: bool = False) -> Module:
     """The three production graphs, in one module that is compiled as one."""
     module = Module()
     add_keys_values(module, dims, device)
-    add_decoder(module, dims, device, step=False)
-    add_decoder(module, dims, device, step=True)
+    add_decoder(module, dims, device, step=False, stored_half=stored_half)
+    add_decoder(module, dims, device, step=True, stored_half=stored_half)
     return module
 
 

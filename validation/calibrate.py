@@ -3,9 +3,11 @@
     python -m validation calibrate samples/demo.flac --model demo --json docs/parity-demo-clean.json
 
 Over at least 20 inputs made from the given speech (`validation/inputs.py`), and over the same ones
-with random gain and noise for each further seed: how far each tap of the MAX encoder lies from the
+with random gain and noise for each further seed (with --first N for the seeds from N on alone, as
+fresh runs for limits that other seeds have set): how far each tap of the MAX encoder lies from the
 reference in units of the noise floor, free-running, injected and on its own inputs; and how many of
-the runs the limits of today would call different. It sets nothing by itself.
+the runs the limits of today would call different. It sets nothing by itself. With --part decoder
+the same for the decoder, which has no injected errors, and the steps of its cache.
 """
 
 from __future__ import annotations
@@ -15,25 +17,46 @@ import json
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import weights
 from encoder.audio import AudioError, load_audio, windows
 from encoder.engine import EngineError
+from validation import decoder_parity
 from validation.candidates import resolve
+from validation.decoder_reference import DecoderReference
 from validation.inputs import inputs, varied
 from validation.limits import FREE_ABSOLUTE, FREE_MULTIPLE, OWN_ABSOLUTE, OWN_MULTIPLE
 from validation.metrics import relative_error
 from validation.parity import Judged, first_diverging, golden_of, judge_window, processor
 from validation.reference import Reference
 from validation.report import dumps, write
-from weights import WeightsError
+from weights import Checkpoint, WeightsError
+
+# mel (1, n_mels, frames) and the name of its input -> every tap judged, and of the steps of a cache
+# the worst as relative L2, in units of the stock decoder's, and of the limit; nothing where there
+# is no cache
+Run = Callable[[Tensor, str], tuple[Sequence[Judged], dict[str, float]]]
+
+ENCODER_LIMITS = {
+    "free_multiple": FREE_MULTIPLE,
+    "free_absolute": FREE_ABSOLUTE,
+    "own_multiple": OWN_MULTIPLE,
+    "own_absolute": OWN_ABSOLUTE,
+}
+DECODER_LIMITS = ENCODER_LIMITS | {
+    "own_multiple": decoder_parity.OWN_MULTIPLE,
+    "step_multiple": decoder_parity.STEP_MULTIPLE,
+    "step_absolute": decoder_parity.STEP_ABSOLUTE,
+}
 
 
 @dataclass
@@ -59,6 +82,44 @@ def see_all(worst: Worst, j: Judged, name: str) -> None:
     worst.see("ratio_to_limit", j.ratio, name)
 
 
+def encoder_run(checkpoint: Checkpoint) -> Run:
+    """The encoder of MAX against the reference."""
+    candidate, reference = resolve("max", checkpoint), Reference(checkpoint)
+    tensors = {name: t.float() for name, t in checkpoint.encoder_tensors().items()}
+
+    def run(mel: Tensor, name: str) -> tuple[Sequence[Judged], dict[str, float]]:
+        golden = golden_of(reference, mel, file=name)
+        dims = checkpoint.dims
+        judged, _ = judge_window(candidate, golden, tensors, dims, measure=relative_error)
+        return judged, {}
+
+    return run
+
+
+def decoder_run(checkpoint: Checkpoint) -> Run:
+    """The decoder of MAX against the reference, on the reference's features and text."""
+    candidate, reference = decoder_parity.MaxDecoder(checkpoint), DecoderReference(checkpoint)
+    stock = decoder_parity.TorchDecoder(reference.model)
+    _ = candidate.decoder, candidate.tapped  # compiled now, where an error is caught
+
+    def run(mel: Tensor, name: str) -> tuple[Sequence[Judged], dict[str, float]]:
+        forced = reference.forced(mel)
+        taps, exact = reference.taps(forced), reference.exact(forced)
+        judged = decoder_parity.judge(candidate.taps(forced), forced, reference, taps, exact)
+        steps, noise = (
+            decoder_parity.steps_of(one, forced, one.logits(forced)).relative_l2
+            for one in (candidate, stock)
+        )
+        ratio = steps / decoder_parity.step_limit(noise)
+        return judged, {
+            "steps": steps,
+            "steps_over_floor": steps / noise if noise else 0.0,
+            "steps_ratio_to_limit": ratio,
+        }
+
+    return run
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m validation calibrate",
@@ -67,68 +128,70 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("speech", nargs="+", help="files with speech")
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--part", choices=("encoder", "decoder"), default="encoder")
     parser.add_argument("--seeds", type=int, default=0, help="further runs of every input")
+    parser.add_argument("--first", type=int, default=0, metavar="SEED", help="of the seeds (0)")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     parser.add_argument("--offline", action="store_true", help="never touch the network")
     args = parser.parse_args(argv)
     began = time.monotonic()
     try:
         speech = {Path(path).name: load_audio(path) for path in args.speech}
-        checkpoint = weights.load(args.model, offline=args.offline, encoder_only=True)
-        candidate = resolve("max", checkpoint)
+        decoder = args.part == "decoder"
+        checkpoint = weights.load(args.model, offline=args.offline, encoder_only=not decoder)
+        run = decoder_run(checkpoint) if decoder else encoder_run(checkpoint)
     except (AudioError, WeightsError, EngineError) as error:
         print(f"validation calibrate: {error}", file=sys.stderr)
         return 2
-    reference, dims = Reference(checkpoint), checkpoint.dims
-    tensors = {name: t.float() for name, t in checkpoint.encoder_tensors().items()}
     runs = {
         (name, seed): audio if seed == 0 else varied(audio, seed)
         for name, audio in inputs(speech).items()
-        for seed in range(args.seeds + 1)
+        for seed in range(args.first, args.first + args.seeds + 1)
     }
     taps: dict[str, Worst] = defaultdict(Worst)
     per_input: dict[str, Any] = {}
     alarms: list[dict[str, Any]] = []
+    over_all = Worst()
     for (name, seed), audio in tqdm(runs.items(), disable=not sys.stderr.isatty()):
-        mel = windows(audio, dims.n_mels)[:1]
-        golden = golden_of(reference, mel, file=name)
-        judged, _ = judge_window(candidate, golden, tensors, dims, measure=relative_error)
+        judged, steps = run(windows(audio, checkpoint.dims.n_mels)[:1], name)
         for j in judged:
             see_all(taps[j.stage.name], j, name)
+        for key, value in steps.items():
+            over_all.see(key, value, name)
         first = first_diverging(judged)
         if first is not None:
             alarms.append(
                 {"input": name, "seed": seed, "tap": first.stage.name, "ratio": first.ratio}
             )
+        elif steps.get("steps_ratio_to_limit", 0) > 1:
+            ratio = steps["steps_ratio_to_limit"]
+            alarms.append({"input": name, "seed": seed, "tap": "steps", "ratio": ratio})
         worst = max(judged, key=lambda j: j.ratio)
-        if seed == 0:
+        if seed == args.first:
             final = judged[-1]
             per_input[name] = {
                 "worst_tap": worst.stage.name,
                 "ratio_to_limit": worst.ratio,
-                "ln_post": {
+                final.stage.name: {
                     "free": final.free.relative_l2,
                     "floor": final.floor,
                 },
             }
-    over_all = Worst()
     for name, worst_tap in taps.items():
         for key, value in worst_tap.values.items():
             over_all.see(key, value, name)
     found = {
         "schema": 1,
         "command": f"python -m validation calibrate {' '.join(Path(p).name for p in args.speech)} "
-        f"--model {Path(args.model).name} --seeds {args.seeds}",
+        f"--model {Path(args.model).name} --seeds {args.seeds}"
+        + (" --part decoder" if decoder else "")
+        + (f" --first {args.first}" if args.first else ""),
         "model": Path(checkpoint.source.name).name,
         "weights_sha256": checkpoint.source.sha256,
         "runs": len(runs),
         "false_alarms": alarms,
-        "limits": {
-            "free_multiple": FREE_MULTIPLE,
-            "free_absolute": FREE_ABSOLUTE,
-            "own_multiple": OWN_MULTIPLE,
-            "own_absolute": OWN_ABSOLUTE,
-        },
+        "part": args.part,
+        "limits": DECODER_LIMITS if decoder else ENCODER_LIMITS,
         "worst": {"values": dict(over_all.values), "taps": over_all.where},
         "taps": {n: {"values": dict(w.values), "inputs": w.where} for n, w in taps.items()},
         "inputs": per_input,

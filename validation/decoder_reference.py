@@ -17,12 +17,12 @@ import torch.nn.functional as F
 import whisper
 from torch import Tensor, nn
 from whisper.decoding import DecodingOptions, DecodingTask
-from whisper.model import LayerNorm, TextDecoder, disable_sdpa
+from whisper.model import TextDecoder, disable_sdpa
 
 from decoder_bridge.model import stock_model
 from validation import stages
 from validation.metrics import relative_l2
-from validation.reference import ReferenceBroken, SelfCheck, rank
+from validation.reference import ReferenceBroken, SelfCheck, in_float64, self_check
 from validation.semantic import knows_timestamps
 from validation.stages import Stage
 from weights import Checkpoint
@@ -110,16 +110,8 @@ def own_output(
 
 
 def float64_decoder(checkpoint: Checkpoint) -> TextDecoder:
-    """The stock decoder in float64, but for its last line, which rounds the logits; with the plain
-    LayerNorm that Whisper's, which casts to float32, is derived from."""
-    module = stock_model(checkpoint).decoder.double()
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, LayerNorm):
-                plain = nn.LayerNorm(child.normalized_shape, child.eps, dtype=torch.float64)
-                plain.load_state_dict(child.state_dict())
-                setattr(parent, name, plain)
-    return module
+    """The stock decoder in float64, but for its last line, which rounds the logits."""
+    return in_float64(stock_model(checkpoint).decoder)
 
 
 def record(module: TextDecoder, tokens: Tensor, features: Tensor) -> Taps:
@@ -246,27 +238,12 @@ class DecoderReference:
         Raises ReferenceBroken, with all that is wrong, where the reference does not agree with
         itself.
         """
-        first = self.logits(forced)
-        same = torch.equal(taps["logits"], first)
         with torch.no_grad():
             fused = self.model.decoder(forced.tokens, forced.features)
             plain = self._functional_distances(forced, taps)
-        worst = max(plain, key=lambda name: rank(plain[name]))
-        found = SelfCheck(
-            hooked_equals_unhooked=same,
-            repeatable=same or torch.equal(first, self.logits(forced)),
-            finite=all(bool(torch.isfinite(x).all()) for x in taps.values()),
-            fused_relative_l2=relative_l2(fused, first),
-            functional_relative_l2=plain["logits"],
-            functional_worst_tap=worst,
-            functional_worst=plain[worst],
-            float64_relative_l2=relative_l2(first, exact["logits"]),
+        return self_check(
+            "decoder", "logits", lambda: self.logits(forced), taps, exact, fused, plain
         )
-        if not found.agrees:
-            raise ReferenceBroken(
-                "the stock decoder cannot serve as the reference: " + "; ".join(found.problems)
-            )
-        return found
 
     def _functional_distances(self, forced: Forced, taps: Taps) -> dict[str, float]:
         """The formulas of the stages one after the other in float32, on their own results: relative

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from validation.metrics import relative_l2
 from validation.stages import compute, own_output, stages
 from weights import Checkpoint
 
+Stock = TypeVar("Stock", bound=nn.Module)
 Taps = dict[str, Tensor]  # tap name -> (1, frames, channels); only mel is (1, n_mels, frames)
 
 # Relative L2 that two float32 paths of one network, or float32 and float64, may be apart: at the
@@ -42,10 +43,10 @@ def stock_encoder(checkpoint: Checkpoint) -> AudioEncoder:
     return module.eval()
 
 
-def float64_encoder(checkpoint: Checkpoint) -> AudioEncoder:
-    """The same module in float64 throughout; Whisper's LayerNorm, which casts to float32, is
+def in_float64(module: Stock) -> Stock:
+    """A stock module made float64 throughout; Whisper's LayerNorm, which casts to float32, is
     replaced by the plain one it is derived from."""
-    module = stock_encoder(checkpoint).double()
+    module = module.double()
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, LayerNorm):
@@ -53,6 +54,11 @@ def float64_encoder(checkpoint: Checkpoint) -> AudioEncoder:
                 plain.load_state_dict(child.state_dict())
                 setattr(parent, name, plain)
     return module
+
+
+def float64_encoder(checkpoint: Checkpoint) -> AudioEncoder:
+    """The stock encoder in float64."""
+    return in_float64(stock_encoder(checkpoint))
 
 
 def run_eager(module: AudioEncoder, mel: Tensor) -> Tensor:
@@ -265,32 +271,54 @@ class Reference:
         """
         taps = self.taps(mel) if taps is None else taps
         exact = self.exact(mel) if exact is None else exact
-        first = self.features(mel)
-        same = torch.equal(taps["ln_post"], first)  # two runs already: equal, they are repeatable
         with torch.no_grad():
             fused = self.stock(mel)
         functional = functional_distances(taps, mel, self.tensors, self.dims)
-        worst = max(functional, key=lambda name: rank(functional[name]))
-        found = SelfCheck(
-            hooked_equals_unhooked=same,
-            repeatable=same or torch.equal(first, self.features(mel)),
-            finite=all(bool(torch.isfinite(x).all()) for x in taps.values()),
-            fused_relative_l2=relative_l2(fused, first),
-            functional_relative_l2=functional["ln_post"],
-            functional_worst_tap=worst,
-            functional_worst=functional[worst],
-            float64_relative_l2=relative_l2(first, exact["ln_post"]),
+        return self_check(
+            "encoder", "ln_post", lambda: self.features(mel), taps, exact, fused, functional
         )
-        if not found.agrees:
-            raise ReferenceBroken(
-                "the stock encoder cannot serve as the reference: " + "; ".join(found.problems)
-            )
-        return found
 
 
 def rank(distance: float) -> float:
     """NaN counts as the largest."""
     return distance if distance == distance else torch.inf
+
+
+def self_check(
+    part: str,
+    last: str,
+    run: Callable[[], Tensor],
+    taps: Taps,
+    exact: Taps,
+    fused: Tensor,
+    functional: dict[str, float],
+) -> SelfCheck:
+    """What the runs of a stock part of the model show of each other, at its `last` tap.
+
+    run  gives that tap without hooks, anew each time
+    fused  the same by PyTorch's fused attention
+    functional  how far the plain formulas are from each tap
+
+    Raises ReferenceBroken, with all that is wrong, where the part does not agree with itself.
+    """
+    first = run()
+    same = torch.equal(taps[last], first)  # two runs already: equal, they are repeatable
+    worst = max(functional, key=lambda name: rank(functional[name]))
+    found = SelfCheck(
+        hooked_equals_unhooked=same,
+        repeatable=same or torch.equal(first, run()),
+        finite=all(bool(torch.isfinite(x).all()) for x in taps.values()),
+        fused_relative_l2=relative_l2(fused, first),
+        functional_relative_l2=functional[last],
+        functional_worst_tap=worst,
+        functional_worst=functional[worst],
+        float64_relative_l2=relative_l2(first, exact[last]),
+    )
+    if not found.agrees:
+        raise ReferenceBroken(
+            f"the stock {part} cannot serve as the reference: " + "; ".join(found.problems)
+        )
+    return found
 
 
 def functional_distances(

@@ -1,6 +1,6 @@
 """Train `demo`: Whisper's own modules, cross-entropy plus CTC of letters and of words.
 
-    python -m weights.demo.train --init build/v1.safetensors --steps 6000 --decay 1200
+    python -m weights.demo.train --steps 9900 --decay 1800
 
 Resumable (the newest checkpoint in --out is taken up again) and seeded: the batch of a step
 depends on the corpus, the seed and the step alone. The learning rate warms up, stays, and falls to
@@ -529,8 +529,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("build/demo"))
     parser.add_argument("--out", type=Path, default=Path("build/demo/run"))
     parser.add_argument("--init", help="an earlier demo.safetensors to start from")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--decay", type=int, default=1200, help="steps over which the rate falls")
+    parser.add_argument("--steps", type=int, default=9900)
+    parser.add_argument("--decay", type=int, default=1800, help="steps over which the rate falls")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast (needs AMX to pay)")
     parser.add_argument("--save-every", type=int, default=100)
