@@ -239,6 +239,11 @@ def test_variants_are_the_same_words_otherwise(seconds: float):
         assert np.abs(one.audio).max() <= 1
         assert len(one.audio) <= N_SAMPLES
     assert any(len(one.audio) > len(recording.audio) for one in found) == (seconds < 30)
+    full = [one for one in found if ": the last of 30 s" in one.name]
+    assert len(full) == (seconds < 30)
+    for one in full:
+        assert len(one.audio) == N_SAMPLES
+        assert one.audio[-1] != 0
     again = variants(recording, len(found), seed=3)
     assert [r.sha256 for r in found] == [r.sha256 for r in again]
     other = variants(recording, len(found), seed=4)
@@ -456,7 +461,11 @@ def test_the_other_recordings_features(said: tuple[Transcripts, list[Tensor]]):
     transcripts, features = said
     for i, row in enumerate(transcripts.of(features[::-1])):
         assert row["text"] == transcripts.heard[1 - i].text
-        assert row["first_difference"] is not None
+        at, (ours, theirs) = row["first_difference"], row["first_difference_tokens"]
+        assert ours != theirs
+        assert ours.startswith("<|") or ours.strip() in row["reference_text"]
+        assert row["tokens"] == len(transcripts.heard[1 - i].tokens) > at
+        assert row["cut_off"] is row["reference_cut_off"] is False
         assert 0 < row["kl_mean"] < row["kl_max"]
         assert row["same_top1"] < 1
         assert row["wer"]["wer"] > 0
@@ -465,6 +474,7 @@ def test_the_other_recordings_features(said: tuple[Transcripts, list[Tensor]]):
 def test_features_that_break_the_decoder(said: tuple[Transcripts, list[Tensor]]):
     transcripts, features = said
     broken, kept = transcripts.of([features[0] * 1e38, features[1]])
+    assert broken["cut_off"] is False
     assert "not finite" in broken["failed"]
     assert broken["text"] == ""
     assert kept["tokens_identical"]
@@ -817,7 +827,9 @@ def test_the_command(measured: tuple[Path, list[dict[str, Any]], dict[str, Any]]
     assert all(row["detected"] for row in rows)
     assert {row["fault"] for row in found["faults"]} == set(FOUR.split(","))
     assert all(row["injected"] for row in rows)
-    assert not any(row["cut_off"] or row["unseen"] or row["yardstick"] for row in rows)
+    assert not any(row["unseen"] or row["yardstick"] for row in rows)
+    assert all(row["reference_cut_off"] for row in rows)  # 16 tokens at most, and no end
+    assert {row["reference_tokens"] for row in rows} == {16}
     about = found["about"]
     assert about["clips"] == {"distinct": 2, "used": 2}
     assert about["recordings"][0]["clips"] == ["demo.flac"]
@@ -831,6 +843,29 @@ def test_the_command(measured: tuple[Path, list[dict[str, Any]], dict[str, Any]]
     assert "S07" in (out / "found.md").read_text()
     for plot in bench.PLOTS:
         assert (out / f"{plot}.svg").read_text().startswith("<svg")
+
+
+def test_findings_again_from_the_json(
+    measured: tuple[Path, list[dict[str, Any]], dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The same findings, tables and plots, and nothing is measured."""
+    out, _, found = measured
+    given = ["--from", str(out / "found.json"), "--json", str(tmp_path / "found.json")]
+    given += ["--markdown", str(tmp_path / "found.md"), "--svg", str(tmp_path)]
+    assert bench.main(given) == bench.PASSED
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    for name in ("found.md", *(f"{plot}.svg" for plot in bench.PLOTS)):
+        assert (tmp_path / name).read_text() == (out / name).read_text()
+    capsys.readouterr()
+    other = tmp_path / "other.json"
+    for text in ("{]", "{}", "[1]"):
+        other.write_text(text)
+        assert bench.main(["--from", str(other)]) == bench.CANNOT
+        assert "holds no findings of this command" in capsys.readouterr().err
+    assert bench.main(["--from", str(tmp_path / "none.json")]) == bench.CANNOT
+    assert "No such file" in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on(
@@ -890,6 +925,8 @@ def test_the_code_that_rows_depend_on():
     files = {path for pattern in bench.CODE for path in bench.ROOT.glob(pattern)}
     names = {path.relative_to(bench.ROOT).as_posix() for path in files}
     assert {"validation/faults/stem.py", "validation/trials.py", "encoder/graph.py"} <= names
+    for pattern in bench.NOT_CODE:  # each is of something
+        assert list((bench.ROOT / "validation").glob(pattern)), pattern
 
 
 @pytest.mark.parametrize(
@@ -1054,10 +1091,22 @@ def test_what_cannot_be_measured(
 def test_the_encoder_alone_leaves_the_bridge_out(small: Bench, capsys: pytest.CaptureFixture[str]):
     alone = {n: t for n, t in small.checkpoint.tensors.items() if n.startswith("encoder.")}
     checkpoint = replace(small.checkpoint, tensors=alone)
-    assert bench.measurable(["S07", "S31"], checkpoint) == ["S07"]
+    assert bench.measurable(["S07", "S31"], checkpoint, []) == ["S07"]
     assert "1 faults of the transcript are left out" in capsys.readouterr().err
     with pytest.raises(BenchError, match="has no decoder"):
-        bench.measurable(["S31"], checkpoint)
+        bench.measurable(["S31"], checkpoint, [])
+
+
+def test_the_same_words_again_leave_the_bridge_out(
+    small: Bench, capsys: pytest.CaptureFixture[str]
+):
+    """Variants of one recording, end to end, say the same in every window: no loss would show."""
+    one, other = Recording("a", noise(5), "x"), Recording("b", noise(6), "y")
+    both = ["S07", "S31"]
+    assert bench.measurable(both, small.checkpoint, variants(one, 3)) == ["S07"]
+    assert "all recordings are of a, the same words" in capsys.readouterr().err
+    assert bench.measurable(both, small.checkpoint, [one]) == both
+    assert bench.measurable(both, small.checkpoint, [*variants(one, 3), other]) == both
 
 
 def test_the_short_form_is_of_the_catalogue():

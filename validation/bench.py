@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import multiprocessing
 import os
 import platform
@@ -49,8 +50,19 @@ PLOTS = ("relative_l2", "kl", "sqnr")  # of --svg
 LEDGER = "trials.jsonl"
 VERSIONS = (*PACKAGES, "scipy")
 ROOT = Path(__file__).parent.parent
-# What rows depend on; the findings only read them.
-CODE = ("decoder_bridge/*.py", "encoder/*.py", "validation/**/*.py", "weights/*.py")
+# What rows depend on, but for what only reads them, or has nothing to do with them.
+CODE = ("decoder_bridge/model.py", "encoder/*.py", "validation/**/*.py", "weights/*.py")
+NOT_CODE = (
+    "findings*.py",
+    "bench*.py",
+    "calibrate.py",
+    "command.py",
+    "decoder_*.py",
+    "demo.py",
+    "numbers.py",
+    "page.py",
+    "peers/*.py",
+)
 SHORT_RECORDINGS = 3
 SHORT = (  # of every group, harmless and ruinous
     "S03",
@@ -122,6 +134,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--restart", action="store_true", help="drop what was measured there, measure anew")
     add("--no-max", action="store_true", help="on the PyTorch twin alone, not on MAX")
     add("--seed", type=int, default=0, help="of the variants and of the statistics (0)")
+    add("--from", type=Path, dest="found", help="measure nothing: the rows of this --json again")
     add("--json", type=Path, help="write the findings here")
     add("--markdown", type=Path, help="write the findings here, as Markdown")
     add("--svg", type=Path, help="write the plots into this folder")
@@ -135,6 +148,8 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--truth and --variants belong to audio files")
     if args.variants is not None and args.variants < 1:
         parser.error("--variants must be 1 or more")
+    if args.found is not None and args.audio:
+        parser.error("--from measures nothing, so it takes no audio files")
     if args.jobs < 1:
         parser.error("--jobs must be 1 or more")
     if args.seed < 0:
@@ -147,7 +162,7 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{path} cannot be written: {path.parent} is no folder")
         if path.is_dir():
             parser.error(f"{path} is a folder, a file is expected")
-    read = [*args.audio, args.truth, folder_of(args) / LEDGER]
+    read = [*args.audio, args.truth, args.found, folder_of(args) / LEDGER]
     if Path(args.model).is_file():
         read.append(args.model)
     kept = {Path(path).resolve() for path in read if path is not None}
@@ -188,17 +203,23 @@ def chosen(args: argparse.Namespace) -> list[str]:
     return keys
 
 
-def measurable(keys: list[str], checkpoint: Checkpoint) -> list[str]:
-    """Without a decoder, those of the bridge are left out, and it is said."""
-    if checkpoint.has_decoder:
+def measurable(
+    keys: list[str], checkpoint: Checkpoint, recordings: Sequence[Recording]
+) -> list[str]:
+    """Without a decoder, those of the bridge are left out, and it is said; so too where all
+    recordings say the same words, of which a second window would be the first one again."""
+    if not checkpoint.has_decoder:
+        why = f"{Path(checkpoint.source.name).name} has no decoder"
+    elif len(recordings) > 1 and len({recording.clips for recording in recordings}) == 1:
+        why = f"all recordings are of {recordings[0].name}, the same words in every window"
+    else:
         return keys
     left = [key for key in keys if FAULTS[key].how != "bridge"]
-    name = Path(checkpoint.source.name).name
     if not left:
-        raise BenchError(f"{name} has no decoder, and these faults are of the transcript")
+        raise BenchError(f"{why}, and these faults are of the transcript of several windows")
     if len(left) < len(keys):
         print(
-            f"{name} has no decoder: {len(keys) - len(left)} faults of the transcript are left out",
+            f"{why}: {len(keys) - len(left)} faults of the transcript are left out",
             file=sys.stderr,
         )
     return left
@@ -219,7 +240,8 @@ def code() -> str:
     """SHA-256 of the sources that rows depend on, in the order of their names."""
     found = hashlib.sha256()
     files = {path for pattern in CODE for path in ROOT.glob(pattern)}
-    for path in sorted(path for path in files if not path.name.startswith("findings")):
+    files -= {path for pattern in NOT_CODE for path in (ROOT / "validation").glob(pattern)}
+    for path in sorted(files):
         found.update(f"{path.relative_to(ROOT).as_posix()}\0".encode() + path.read_bytes())
     return found.hexdigest()
 
@@ -234,6 +256,7 @@ def header_of(
         "recordings": [{"name": r.name, "sha256": r.sha256, "text": r.text} for r in recordings],
         "seed": None if args.variants is None else args.seed,
         "max": not args.no_max,
+        "threads": threads_of(args.jobs),
         "versions": {package: version(package) for package in VERSIONS},
         "code": code(),
         "limits": {name.lower(): value for name, value in vars(limits).items() if name.isupper()},
@@ -312,7 +335,7 @@ def measured(
 ) -> Iterator[list[Row]]:
     """The rows of each fault, as they come; by one process in order, by several in any."""
     jobs = min(args.jobs, len(keys))
-    if jobs <= 1:
+    if args.jobs == 1:
         bench = Bench(checkpoint, recordings, folder, not args.no_max, prepared_with("preparing"))
         for key in keys:
             yield trial(bench, key)
@@ -323,7 +346,7 @@ def measured(
     for task in [*keys, *[None] * jobs]:
         tasks.put(task)
     settings = {
-        "threads": threads_of(jobs),
+        "threads": threads_of(args.jobs),
         "model": args.model,
         "offline": args.offline,
         "on_max": not args.no_max,
@@ -360,7 +383,6 @@ def about(
     how many, and how many distinct ones, the recordings are put together; `threads`: of each
     process."""
     clips = [clip for recording in recordings for clip in recording.clips]
-    jobs = min(args.jobs, len({row["fault"] for row in rows}))
     return {
         "model": Path(checkpoint.source.name).name,
         "weights_sha256": checkpoint.source.sha256,
@@ -378,10 +400,11 @@ def about(
         "versions": {p: version(p) for p in VERSIONS} | {"python": platform.python_version()},
         "cpu": processor(),
         "cpus": os.cpu_count(),
-        "threads": threads_of(jobs),
+        "threads": threads_of(args.jobs),
         "jobs": args.jobs,
         "command": command,
         "commit": commit(),
+        "code": code(),
         "seed": args.seed,
         "seconds": time.monotonic() - began,
         "seconds_of_trials": sum(row["seconds"] for row in rows),
@@ -394,7 +417,7 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], bool]:
     keys = chosen(args)
     recordings = listened_to(args)
     checkpoint = weights.load(args.model, offline=args.offline)
-    keys = measurable(keys, checkpoint)
+    keys = measurable(keys, checkpoint, recordings)
     folder = folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / "lock")
@@ -430,21 +453,40 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], bool]:
     return found, set(keys) == set(FAULTS)
 
 
+def again(path: Path) -> tuple[dict[str, Any], bool]:
+    """What `run` returned for the rows that are kept in its JSON, by the statistics of today.
+    Raises BenchError where the file holds none, OSError where it cannot be read."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        rows, of_run = known["rows"], known["about"]
+        found = findings.findings(rows, of_run)
+    except (ValueError, KeyError, TypeError) as error:
+        raise BenchError(f"{path} holds no findings of this command") from error
+    return found, {row["fault"] for row in rows} == set(FAULTS)
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """With each row on a line of its own: there are thousands."""
+    rows = ",\n".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in found["rows"])
+    head = dumps({**found, "rows": []})
+    return head.replace('"rows": []', f'"rows": [\n{rows}\n]')
+
+
 def deliver(found: dict[str, Any], args: argparse.Namespace) -> None:
-    """Print the findings and write the files that were asked for; raises BenchError where they
+    """Write the files that were asked for and print the findings; raises BenchError where they
     cannot be printed, OSError where a file cannot be written."""
+    if args.json is not None:
+        write(args.json, as_json(found))
+    if args.markdown is not None:
+        write(args.markdown, findings.markdown(found))
+    for plot, path in zip(PLOTS, plots_of(args), strict=False):
+        write(path, findings.svg_scatter(found, plot))
     try:
         findings.terminal(found, Console() if sys.stdout.isatty() else Console(width=140))
         sys.stdout.flush()
     except OSError as error:  # the terminal or the pipe
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  else Python tries again as it ends
         raise BenchError(f"the findings cannot be printed: {error.strerror}") from error
-    if args.json is not None:
-        write(args.json, dumps(found))
-    if args.markdown is not None:
-        write(args.markdown, findings.markdown(found))
-    for plot, path in zip(PLOTS, plots_of(args), strict=False):
-        write(path, findings.svg_scatter(found, plot))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -454,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[2:] if argv is None else argv
     command = shlex.join(["python", "-m", "validation", "faults", *given])
     try:
-        found, whole = run(args, command)
+        found, whole = run(args, command) if args.found is None else again(args.found)
         deliver(found, args)
     except (*ERRORS, OSError) as error:
         print(f"validation faults: {said(error)}", file=sys.stderr)

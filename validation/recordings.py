@@ -132,10 +132,14 @@ def pieces(name: str, audio: np.ndarray, sentences: Sequence[Mapping[str, Any]])
 def filled(name: str, recording: Recording) -> Recording:
     """30 s that end with the last sound of the recording, which is cut off in front or preceded by
     silence: the window is full to its end, as in the midst of a longer recording."""
-    audio = recording.audio
+    return replace(recording, name=name, audio=to_the_end(recording.audio))
+
+
+def to_the_end(audio: np.ndarray) -> np.ndarray:
+    """30 s, of which the last sound is the end."""
     loud = np.flatnonzero(np.abs(audio) >= AUDIBLE * np.abs(audio).max())
     sound = audio[: loud[-1] + 1][-N_SAMPLES:]
-    return replace(recording, name=name, audio=np.pad(sound, (N_SAMPLES - len(sound), 0)))
+    return np.pad(sound, (N_SAMPLES - len(sound), 0))
 
 
 def orders(n: int) -> list[list[int]]:
@@ -244,8 +248,13 @@ def later(audio: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]
     return f"after {silence / SAMPLE_RATE:.2f} s of silence", np.pad(audio, (silence, 0))
 
 
+def last(audio: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
+    db = rng.uniform(0, 6)
+    return f"the last of 30 s, {db:.1f} dB quieter", to_the_end(audio) * 10 ** (-db / 20)
+
+
 CHANGES: tuple[Change, ...] = (quieter, white_noise, pink_noise, telephone, faster)
-LONGER: tuple[Change, ...] = (slower, later)
+LONGER: tuple[Change, ...] = (slower, later, last)
 
 
 def variants(recording: Recording, n: int, seed: int = 0) -> list[Recording]:

@@ -18,7 +18,7 @@ from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from validation.faults import Fault
-from validation.faults.bridge import segments_of
+from validation.faults.bridge import segments_of, transcribed
 from validation.recordings import Recording, joined
 from validation.semantic import (
     FeaturesError,
@@ -28,12 +28,16 @@ from validation.semantic import (
     knows_timestamps,
     text_error,
     tokenizer_of,
+    with_encoder,
 )
 
 FORCED = ("kl_mean", "kl_max", "same_top1")
 SAID = (
+    "tokens",
+    "reference_tokens",
     "tokens_identical",
     "first_difference",
+    "first_difference_tokens",
     "wer",
     "wer_truth",
     "wer_truth_reference",
@@ -42,7 +46,13 @@ SAID = (
     "text",
     "reference_text",
 )
-NO_TRANSCRIPT: dict[str, Any] = {"failed": None, **dict.fromkeys((*FORCED, *SAID))}
+# What there is without a transcript. `cut_off`: the decoding did not come to an end by itself.
+NO_TRANSCRIPT: dict[str, Any] = {
+    "failed": None,
+    "cut_off": False,
+    "reference_cut_off": False,
+    **dict.fromkeys((*FORCED, *SAID)),
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,7 @@ class Transcripts:
         for recording, logits in zip(recordings, self.logits, strict=True):
             if not bool(torch.isfinite(logits).all()):
                 raise ValueError(f"{recording.name}: the reference's logits are not finite")
-        self._joined: dict[int, tuple[Recording, Heard]] = {}
+        self._joined: dict[int, tuple[Recording, Mapping[str, Any]]] = {}
 
     def _decode(self, features: Tensor) -> list[DecodingResult]:
         return whisper.decode(self.model, features, self.options)
@@ -141,16 +151,21 @@ class Transcripts:
     ) -> dict[str, Any]:
         """Two texts of one recording; `theirs` None: there is none, and nothing was heard."""
         other = theirs or NOTHING
-        pairs = enumerate(zip_longest(ours.tokens, other.tokens))
-        first = next((i for i, (a, b) in pairs if a != b), None)
+        pairs = list(zip_longest(ours.tokens, other.tokens))
+        first = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         frames = len(recording.audio) // HOP_LENGTH
         covered = coverage(ours.segments, other.segments, frames) if timestamps else None
         truth = recording.text
         # The same tokens can be looked up in another table; `whisper.decode` strips its text.
         same_text = ours.text.strip() == other.text.strip()
         return {
+            "tokens": len(other.tokens),
+            "reference_tokens": len(ours.tokens),
             "tokens_identical": theirs is not None and first is None and same_text,
             "first_difference": first,
+            "first_difference_tokens": None
+            if first is None
+            else [None if token is None else self._spelt(token) for token in pairs[first]],
             "wer": counted(text_error(other.text, ours.text, self.normalize)),
             "wer_truth": None
             if truth is None
@@ -164,9 +179,15 @@ class Transcripts:
             "reference_text": ours.text,
         }
 
+    def _spelt(self, token: int) -> str:
+        return tokenizer_of(self.model, "en").decode_with_timestamps([token])
+
+    def _unended(self, i: int, result: DecodingResult) -> bool:
+        return len(result.tokens) == self.tasks[i].sample_len
+
     def of(self, features: Sequence[Tensor | None]) -> list[dict[str, Any]]:
         """The transcript's part of the rows for features of all recordings, (1, n_audio_ctx,
-        n_audio_state) and finite, or None where an encoder gave none: FORCED, SAID, `failed`.
+        n_audio_state) and finite, or None where an encoder gave none: that of NO_TRANSCRIPT.
 
         They are decoded as one batch, always of the same size: the reference's features stand in
         for what is missing, and what is said of them is not looked at.
@@ -176,6 +197,7 @@ class Transcripts:
         found = []
         for i, (x, result) in enumerate(zip(features, results, strict=True)):
             row: dict[str, Any] = dict(NO_TRANSCRIPT)
+            row["reference_cut_off"] = self._unended(i, self.results[i])
             theirs = None
             if x is not None:
                 try:
@@ -183,6 +205,7 @@ class Transcripts:
                     if not math.isfinite(result.avg_logprob):
                         raise FeaturesError("the decoder's probabilities are not finite")
                     theirs = self._heard(i, result)
+                    row["cut_off"] = self._unended(i, result)
                 except FeaturesError as error:
                     row["failed"] = str(error)
             recording = self.recordings[i]
@@ -191,7 +214,7 @@ class Transcripts:
 
     def across_windows(self, fault: Fault) -> list[dict[str, Any]]:
         """The same for a fault of the bridge: on each recording and those after it, end to end;
-        and `injected` and `cut_off`."""
+        and `injected`."""
         options = {
             "temperature": 0.0,
             "fp16": False,
@@ -201,10 +224,12 @@ class Transcripts:
         for i in range(len(self.recordings)):
             if i not in self._joined:
                 recording = joined(self.recordings, i)
-                right = Heard.of(self.model.transcribe(recording.audio, **options))
-                self._joined[i] = recording, right
-            recording, right = self._joined[i]
+                stock = with_encoder(self.model, self.model.encoder)
+                self._joined[i] = recording, transcribed(stock, recording.audio, options)
+            recording, said = self._joined[i]
+            right = Heard.of(said)
             row: dict[str, Any] = dict(NO_TRANSCRIPT)
+            row["reference_cut_off"] = said["cut_off"]
             made: dict[str, Any] = {}
             theirs = None
             try:

@@ -392,7 +392,6 @@ class Bench:
             "expected_cause": fault.cause,
             "explained": cause.sentence if cause else None,
             "injected": same != p.twin.keys() or not same_tensors(twin.tensors, self.tensors),
-            "cut_off": False,
             "at_tap": at_tap(stage, taps, p.golden) if stage else None,
             "final": None if features is None else at_end(features, p.golden.taps["ln_post"]),
             "failed": failed,

@@ -209,7 +209,7 @@ def other_special_tokens(model: whisper.Whisper, audio: np.ndarray, options: Opt
 
 def other_tokenizer(model: whisper.Whisper, audio: np.ndarray, options: Options) -> Transcript:
     """The tokens are right, their bytes are looked up in the other of Whisper's two tables."""
-    right = model.transcribe(audio, **options)
+    right = transcribed(with_encoder(model, model.encoder), audio, options)
     end_of_text = tokenizer_of(model, right["language"]).eot
     table = get_encoding("gpt2" if model.is_multilingual else "multilingual")
 
@@ -217,7 +217,8 @@ def other_tokenizer(model: whisper.Whisper, audio: np.ndarray, options: Options)
         return table.decode([token for token in tokens if token < end_of_text])
 
     segments = [{**s, "text": text(s["tokens"])} for s in right["segments"]]
-    return {"text": "".join(s["text"] for s in segments), "segments": segments}
+    text_of_all = "".join(s["text"] for s in segments)
+    return {"text": text_of_all, "segments": segments, "cut_off": right["cut_off"]}
 
 
 def fault(id: str, sentence: str, transcribe: Transcribe, seen: str = EARLIER_PORT) -> Fault:
