@@ -858,6 +858,10 @@ def test_findings_again_from_the_json(
     assert json.loads((tmp_path / "found.json").read_text()) == found
     for name in ("found.md", *(f"{plot}.svg" for plot in bench.PLOTS)):
         assert (tmp_path / name).read_text() == (out / name).read_text()
+    beside = tmp_path / "beside.md"
+    given = ["--from", str(out / "found.json"), "--beside", str(out / "found.json")]
+    assert bench.main([*given, "--markdown", str(beside)]) == bench.PASSED
+    assert "of 4 with a class on both 4 have the same, 0 the next" in beside.read_text()
     capsys.readouterr()
     other = tmp_path / "other.json"
     for text in ("{]", "{}", "[1]"):
@@ -1047,6 +1051,8 @@ def test_one_run_at_a_time(model_file: Path, tmp_path: Path, capsys: pytest.Capt
         (["--markdown", "."], "is a folder"),
         (["--json", "x", "--markdown", "x"], "x is named twice"),
         (["--svg", "no/such"], "no/such is no folder"),
+        (["--beside", "x.json"], "--beside goes with --markdown"),
+        (["--from", "x.json", FILES[0]], "--from measures nothing"),
         ([FILES[0], "--truth", "pyproject.toml", "--json", "./pyproject.toml"], "named twice"),
         ([FILES[0], "--markdown", f"{SAMPLES}/../samples/demo.flac"], "named twice"),
         (["--svg", ".", "--json", "kl.svg"], "kl.svg is named twice"),

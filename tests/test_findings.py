@@ -66,6 +66,9 @@ def row(
         "recording": recording,
         "injected": True,
         "cut_off": False,
+        "reference_cut_off": False,
+        "tokens": 9,
+        "reference_tokens": 9,
         "unseen": False,
         "yardstick": False,
         "detected": True,
@@ -82,6 +85,7 @@ def row(
         "same_top1": 1.0,
         "tokens_identical": True,
         "first_difference": None,
+        "first_difference_tokens": None,
         "wer": wer(0),
         "wer_truth": wer(4),
         "wer_truth_reference": 0.02,
@@ -1021,12 +1025,16 @@ def test_names_do_not_cover_each_other():
     some = [
         Dot({**fault, "id": f"E{i}"}, rng.uniform(0, 300), rng.uniform(0, 200)) for i in range(90)
     ]
-    names = ET.fromstring(f"<svg>{names_of(some, (0, 0, 300, 200))}</svg>")
+    drawn = ET.fromstring(f"<svg>{names_of(some, (0, 0, 300, 200))}</svg>")
     boxes = [
         box(float(t.attrib["x"]), float(t.attrib["y"]), t.text or "", t.attrib["text-anchor"])
-        for t in names
+        for t in drawn.iter("text")
     ]
-    assert 20 < len(boxes) < 90
+    assert len(boxes) == 90
+    leaders = list(drawn.iter("path"))
+    assert len(leaders) > 5  # each goes from a dot
+    places = {f"M{dot.x:.1f} {dot.y:.1f}" for dot in some}
+    assert all(one.attrib["d"].partition("L")[0] in places for one in leaders)
     assert not any(meets(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 

@@ -135,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-max", action="store_true", help="on the PyTorch twin alone, not on MAX")
     add("--seed", type=int, default=0, help="of the variants and of the statistics (0)")
     add("--from", type=Path, dest="found", help="measure nothing: the rows of this --json again")
+    add("--beside", type=Path, help="a --json of another model: both, side by side, in --markdown")
     add("--json", type=Path, help="write the findings here")
     add("--markdown", type=Path, help="write the findings here, as Markdown")
     add("--svg", type=Path, help="write the plots into this folder")
@@ -162,7 +163,9 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             parser.error(f"{path} cannot be written: {path.parent} is no folder")
         if path.is_dir():
             parser.error(f"{path} is a folder, a file is expected")
-    read = [*args.audio, args.truth, args.found, folder_of(args) / LEDGER]
+    if args.beside is not None and args.markdown is None:
+        parser.error("--beside goes with --markdown")
+    read = [*args.audio, args.truth, args.found, args.beside, folder_of(args) / LEDGER]
     if Path(args.model).is_file():
         read.append(args.model)
     kept = {Path(path).resolve() for path in read if path is not None}
@@ -472,13 +475,13 @@ def as_json(found: dict[str, Any]) -> str:
     return head.replace('"rows": []', f'"rows": [\n{rows}\n]')
 
 
-def deliver(found: dict[str, Any], args: argparse.Namespace) -> None:
+def deliver(found: dict[str, Any], other: dict[str, Any] | None, args: argparse.Namespace) -> None:
     """Write the files that were asked for and print the findings; raises BenchError where they
     cannot be printed, OSError where a file cannot be written."""
     if args.json is not None:
         write(args.json, as_json(found))
     if args.markdown is not None:
-        write(args.markdown, findings.markdown(found))
+        write(args.markdown, findings.markdown(found, other))
     for plot, path in zip(PLOTS, plots_of(args), strict=False):
         write(path, findings.svg_scatter(found, plot))
     try:
@@ -496,8 +499,9 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[2:] if argv is None else argv
     command = shlex.join(["python", "-m", "validation", "faults", *given])
     try:
+        other = None if args.beside is None else again(args.beside)[0]
         found, whole = run(args, command) if args.found is None else again(args.found)
-        deliver(found, args)
+        deliver(found, other, args)
     except (*ERRORS, OSError) as error:
         print(f"validation faults: {said(error)}", file=sys.stderr)
         return CANNOT

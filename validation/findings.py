@@ -65,6 +65,7 @@ def findings(rows: list[Row], about: dict[str, Any]) -> Found:
             "faults": faults,
             "targets": targets(trials),
             "misses": misses(trials),
+            "recordings": heard(rows),
             "sweeps": sweeps(faults),
             "correlations": correlations(acting, faults, seed),
             "gates": gates(acting, classes),
@@ -94,6 +95,25 @@ def by_fault(rows: Iterable[Row]) -> Trials:
             raise ValueError(f"{row['fault']} has two rows for the recording {row['recording']}")
         own.append(row)
     return dict(trials)
+
+
+def heard(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """What the reference says in each recording, one window: text, its tokens, whether they came to
+    an end, and WER against the truth. Faults behind the encoder hear other recordings."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if in_encoder(row) and row["reference_text"] is not None:
+            found.setdefault(
+                row["recording"],
+                {
+                    "recording": row["recording"],
+                    "text": row["reference_text"],
+                    "tokens": row["reference_tokens"],
+                    "cut_off": row["reference_cut_off"],
+                    "wer_truth": row["wer_truth_reference"],
+                },
+            )
+    return [found[name] for name in sorted(found)]
 
 
 def injected(rows: list[Row]) -> list[Row]:
@@ -191,6 +211,7 @@ def summary(fault: str, rows: list[Row]) -> dict[str, Any]:
             for name, metric in METRICS.items()
             if name not in ("relative_l2", "sqnr_db")
         },
+        "tap_sqnr_db": middle(row["at_tap"]["sqnr_db"] for row in rows if row["at_tap"]),
         "tokens_identical": identical,
         "first_difference": middle(row["first_difference"] for row in rows),
         "wer": wer,

@@ -89,6 +89,13 @@ def keys(faults: list[Found]) -> str:
     return ", ".join(fault["fault"] for fault in faults)
 
 
+def ran_on(faults: list[Found]) -> str:
+    """What computed the faulty encoder, or stood behind a right one."""
+    if faults[0]["how"] == "bridge":
+        return "stock decoder"
+    return "twin, MAX" if any(fault["max"] for fault in faults) else "twin"
+
+
 def recordings_said(fault: Found) -> str:
     """On how many recordings it changes something."""
     n, some = fault["n"], fault["injected"]
@@ -112,6 +119,7 @@ def fault_lines(faults: list[Found]) -> str:
             "fault": cell(fault_id if ids.count(fault_id) == 1 else keys(own)),
             "what was done": cell(sentence),
             "made by": own[0]["how"],
+            "ran on": ran_on(own),
             "seen": where,
         }
         for (fault_id, sentence, where), own in alike.items()
@@ -130,6 +138,8 @@ def fault_lines(faults: list[Found]) -> str:
                 "relative L2": error_said(fault),
                 "largest": figure(fault["relative_l2"]["max"], "-"),
                 "SQNR dB": decibel(fault["sqnr_db"]["median"], exact),
+                "at the first tap": figure(fault["tap_relative_l2"], "-"),
+                "dB there": decibel(fault["tap_sqnr_db"], fault["tap_relative_l2"] == 0),
                 "KL": figure(fault["kl_mean"], "-"),
                 "top-1 changed": percent(fault["top1_changed"]),
                 "same tokens": percent(fault["tokens_identical"]),
@@ -141,18 +151,22 @@ def fault_lines(faults: list[Found]) -> str:
                 "class": fault["class"] or "-",
             }
         )
-    left = ("what was done", "made by", "seen", "first tap", "cause", "class")
+    left = ("what was done", "made by", "ran on", "seen", "first tap", "cause", "class")
     return f"{table(what, left)}\n{table(rows, left)}"
 
 
 def faults_table(found: Found) -> str:
     said = (
+        "made by: another input, other weights, other formulas (code), or another way from right "
+        "features to text (bridge). ran on: the twin is PyTorch's encoder stage by stage; formulas "
+        "run on it alone, since they would need another compiled graph. "
         "U: unseen, a fault that the table of causes was not written for. Y: a yardstick, which is "
         "nobody's mistake but draws the curve. on: the recordings on which the fault changes "
         "something; all figures are of these, medians, the WER pooled. first tap and cause: ok, or "
-        "the share of the recordings. cut off: recordings on which the decoding went on without "
-        "end; the words until it was stopped count. WER is against the unfaulted transcript "
-        "(substitutions / deletions / insertions), then against what was said"
+        "the share of the recordings. relative L2, largest, SQNR: at ln_post; then relative L2 and "
+        "SQNR at the first tap that diverges. cut off: recordings on which the decoding went on "
+        "without end; the words until it was stopped count. WER is against the unfaulted "
+        "transcript (substitutions / deletions / insertions), then against what was said"
     )
     whole = (f for f in found["faults"] if f["how"] != "bridge" and f["injected"] == f["n"])
     truth = next((f["wer_truth"] for f in whole if f["wer_truth"]), None)
@@ -372,11 +386,30 @@ def about_table(found: Found) -> str:
     return f"## The run\n\n{table(rows, ('value',))}"
 
 
+def recordings_table(found: Found) -> str:
+    said = (
+        "What the decoder says of the reference's features, one window each; the unfaulted "
+        "transcript. A text without end stops at the most tokens that a window may have."
+    )
+    rows = [
+        {
+            "recording": cell(one["recording"]),
+            "tokens": "-" if one["tokens"] is None else str(one["tokens"]),
+            "ended": {True: "no", False: "yes", None: "-"}[one["cut_off"]],
+            "WER, truth": percent(one["wer_truth"]),
+            "text": cell(one["text"].strip()),
+        }
+        for one in found["recordings"]
+    ]
+    return f"## The recordings\n\n{said}\n\n{table(rows, ('text',))}"
+
+
 def tables(found: Found) -> dict[str, str]:
     """Each table with its heading, by name."""
     return {
         "run": about_table(found),
         "targets": targets_table(found),
+        "recordings": recordings_table(found),
         "faults": faults_table(found),
         "sweeps": sweeps_table(found),
         "correlations": correlations_table(found),
@@ -387,6 +420,42 @@ def tables(found: Found) -> dict[str, str]:
     }
 
 
-def markdown(found: Found) -> str:
-    """All tables as one GitHub Markdown file."""
-    return "\n".join(["# The fault bench\n", *tables(found).values()])
+CLASSES = ("benign", "wording", "damaging", "ruinous")
+
+
+def beside_table(found: Found, other: Found) -> str:
+    """Two runs, of two checkpoints, fault by fault."""
+    theirs = {fault["fault"]: fault for fault in other["faults"]}
+    names = found["about"]["model"], other["about"]["model"]
+    both = [
+        (fault, theirs[fault["fault"]])
+        for fault in found["faults"]
+        if fault["fault"] in theirs and fault["class"] and theirs[fault["fault"]]["class"]
+    ]
+    apart = [abs(CLASSES.index(a["class"]) - CLASSES.index(b["class"])) for a, b in both]
+    counts = [sum(n == steps for n in apart) for steps in range(len(CLASSES))]
+    said = (
+        f"The same faults on {names[0]} and on {names[1]}: of {len(both)} with a class on both "
+        f"{counts[0]} have the same, {counts[1]} the next, {sum(counts[2:])} one further away."
+    )
+    rows = []
+    for a, b in both:
+        row = {"fault": cell(a["fault"]) + marks(a)}
+        for name, one in zip(names, (a, b), strict=True):
+            row |= {
+                f"{name}: relative L2": error_said(one),
+                f"{name}: KL": figure(one["kl_mean"], "-"),
+                f"{name}: WER": percent(one["wer"]["wer"]) if one["wer"] else "-",
+                f"{name}: class": one["class"],
+            }
+        rows.append(row)
+    left = [f"{name}: class" for name in names]
+    return f"## Side by side\n\n{cell(said)}\n\n{table(rows, left)}"
+
+
+def markdown(found: Found, other: Found | None = None) -> str:
+    """All tables as one GitHub Markdown file; with another run's findings, both side by side."""
+    parts = list(tables(found).values())
+    if other is not None:
+        parts.insert(2, beside_table(found, other))
+    return "\n".join(["# The fault bench\n", *parts])

@@ -38,6 +38,7 @@ svg .mark{{fill:var(--hue);stroke:var(--bg);stroke-width:.8;fill-opacity:.85}}
 svg .yardstick{{fill:var(--bg);stroke:var(--hue);stroke-width:1.1}}
 svg .sweep{{fill:none;stroke:var(--hue);stroke-width:1.2;stroke-opacity:.55}}
 svg text.name{{fill:var(--hue);font-size:10px}}
+svg .leader{{stroke:var(--hue);fill:none;stroke-width:.6;stroke-opacity:.7}}
 svg .gate{{stroke:var(--soft);fill:none;stroke-dasharray:5 4}}
 svg .best{{stroke:var(--fg);fill:none;stroke-dasharray:1.5 3.5;stroke-width:1.4}}
 svg .border{{stroke:var(--soft);fill:none;stroke-opacity:.5}}
@@ -132,10 +133,26 @@ PLACES = (  # of a label beside its dot
 )
 
 
+RINGS = (18.0, 30.0, 44.0, 60.0, 80.0, 104.0, 132.0, 164.0, 200.0)  # px from a dot to its label
+TURNS = 24  # places on a ring
+
+
+def further_away() -> list[tuple[float, float, str]]:
+    """Places for a label that has no room beside its dot: rings, upwards and downwards first."""
+    found = []
+    for ring in RINGS:
+        for i in range(TURNS):
+            turn = math.pi / 2 + (-1) ** i * ((i + 1) // 2) * 2 * math.pi / TURNS
+            dx, dy = ring * math.cos(turn), -ring * math.sin(turn)
+            at = "middle" if abs(dx) < ring / 4 else "start" if dx > 0 else "end"
+            found.append((dx, dy + 3.5, at))
+    return found
+
+
 def names_of(dots: list[Dot], area: tuple[float, float, float, float]) -> str:
-    """Labels where there is room: single faults and the worst of each sweep by id, then the others
-    of a sweep by strength, a number only where the WER is not 0; of each mistakes before
-    yardsticks, and the largest WER first."""
+    """Labels: single faults and the worst of each sweep by id, beside the dot or, on a leader,
+    further away; then the others of a sweep by strength, a number only where the WER is not 0 and
+    where there is room; of each mistakes before yardsticks, and the largest WER first."""
     taken = [(dot.x - 3, dot.y - 3, dot.x + 3, dot.y + 3) for dot in dots]
     worst: dict[str, Dot] = {}
     for dot in sorted(dots, key=lambda dot: (-dot.y, dot.x)):
@@ -153,7 +170,8 @@ def names_of(dots: list[Dot], area: tuple[float, float, float, float]) -> str:
     drawn = ""
     for dot in sorted(dots, key=lambda dot: (within(dot), dot.fault["yardstick"], dot.y)):
         said = said_of(dot)
-        for dx, dy, at in PLACES if said else ():
+        places = [*PLACES, *([] if within(dot) else further_away())]
+        for i, (dx, dy, at) in enumerate(places if said else ()):
             covered = box(dot.x + dx, dot.y + dy, said, at)
             inside = (
                 area[0] <= covered[0]
@@ -163,6 +181,8 @@ def names_of(dots: list[Dot], area: tuple[float, float, float, float]) -> str:
             )
             if inside and not any(meets(covered, other) for other in taken):
                 taken.append(covered)
+                if i >= len(PLACES):
+                    drawn += line(f"leader {dot.group}", dot.x, dot.y, dot.x + dx, dot.y + dy - 3.5)
                 drawn += words(dot.x + dx, dot.y + dy, said, at, f"name {dot.group}")
                 break
     return drawn
@@ -214,14 +234,15 @@ def svg_scatter(found: Found, metric: str) -> str:
     faults = [f for f in found["faults"] if f["wer"] and f["wer"]["wer"] is not None]
     placed = [(f, x) for f in faults if (x := x_value(f, name)) is not None]
     apart = [f for f in faults if x_value(f, name) is None]
-    width, height, left, top, base = 960.0, 610.0, 64.0, 84.0, 548.0
+    width, height, left, top, base = 1280.0, 860.0, 64.0, 84.0, 798.0
+    zero = base - 110  # the line of WER 0, under which there is room for names
     right = width - 20 if not apart else width - 128
     axis = x_axis([x for _, x in placed], metric, left, right)
     largest = max((f["wer"]["wer"] for f in faults), default=0.0)
     most = next((end for end in TOPS if largest <= end), TOPS[-1])
 
     def height_of(fault: Found) -> float:
-        return wer_height(fault["wer"]["wer"], base, top + 10, most)
+        return wer_height(fault["wer"]["wer"], zero, top + 10, most)
 
     dots = [Dot(f, axis(x), height_of(f)) for f, x in placed]
     step = (width - 30 - right) / max(1, len(apart))
@@ -235,11 +256,11 @@ def svg_scatter(found: Found, metric: str) -> str:
     drawn = rect("panel", left, top, right - left, base - top)
     for value in WER_TICKS:
         if value <= most:
-            y = wer_height(value, base, top + 10, most)
+            y = wer_height(value, zero, top + 10, most)
             kind = "border" if value in (0.05, 0.3) else "grid"
             drawn += line(kind, left, y, right, y) + words(left - 7, y + 4, percent(value), "end")
     for border, down, said in ((0.05, 12, "wording"), (0.05, -5, "damaging"), (0.3, -5, "ruinous")):
-        drawn += words(left + 6, wer_height(border, base, top + 10, most) + down, said)
+        drawn += words(left + 6, wer_height(border, zero, top + 10, most) + down, said)
     for x, said in x_ticks(axis):
         drawn += line("axis", x, base, x, base + 4) + words(x, base + 18, said, "middle")
     drawn += line("axis", left, base, right, base)

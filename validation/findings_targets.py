@@ -114,7 +114,7 @@ def targets(trials: Trials) -> dict[str, Found]:
             changed,
             lambda row: bool(row["detected"]),
             tap,
-            ("encoder", "input"),
+            ("encoder", "input", "yardsticks"),
             1.0,
         ),
         "first_tap": target(
