@@ -17,6 +17,7 @@ import decoder_bridge.graph
 import encoder.graph
 from decoder_bridge.graph import (
     DECODER,
+    HALF,
     KEYS_VALUES,
     STEP,
     TOKEN_EMBEDDING,
@@ -31,7 +32,7 @@ SIZES = ("n_vocab", "n_audio_ctx", "n_text_ctx", "n_text_state", "n_text_head", 
 KINDS |= {
     "decoder": Kind(decoder_bridge.graph.build, "the decoder", SOURCES, SIZES),
     "decoder-half": Kind(
-        partial(decoder_bridge.graph.build, stored_half=True), "the decoder", SOURCES, SIZES
+        partial(decoder_bridge.graph.build, half=True), "the decoder", SOURCES, SIZES
     ),
     "decoder-taps": Kind(
         decoder_bridge.graph.build_tapped, "the decoder with taps", SOURCES, SIZES
@@ -52,12 +53,12 @@ def decoder_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return float32_weights(tensors, decoder_shapes(checkpoint.dims), "decoder")
 
 
-def halved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with the token embedding in float16, where not one of its numbers is changed by
+def with_half(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same and HALF, the token embedding in float16, if not one of its numbers is changed by
     that, as in every checkpoint that was published in float16; else `tensors` as they are."""
     table = tensors[TOKEN_EMBEDDING]
     half = table.half()
-    return {**tensors, TOKEN_EMBEDDING: half} if torch.equal(half.float(), table) else tensors
+    return {**tensors, HALF: half} if torch.equal(half.float(), table) else tensors
 
 
 def require_cpu(device: str) -> None:
@@ -148,8 +149,8 @@ class Cache:
 class Decoder(Bound):
     """The compiled decoder: `start(features)` -> a cache, `logits(cache, tokens)` as it grows.
 
-    Of the token embedding, most of what is read for a token, it holds a float16 copy where that is
-    the same numbers, and else uses the float32 one.
+    Of the token embedding, most of what is read for a token, it holds a float16 copy too where that
+    is the same numbers; a step of one sequence reads that.
 
     Raises `EngineError` where MAX cannot do it, `weights.WeightsError` where the checkpoint has no
     decoder; compiles (minutes, once) where no artifact is kept.
@@ -157,9 +158,9 @@ class Decoder(Bound):
 
     def __init__(self, checkpoint: Checkpoint, device: str = "auto"):
         require_cpu(device)
-        tensors = halved(decoder_weights(checkpoint))
-        self.stored_half = tensors[TOKEN_EMBEDDING].dtype == torch.float16
-        kind = "decoder-half" if self.stored_half else "decoder"
+        tensors = with_half(decoder_weights(checkpoint))
+        self.half = HALF in tensors
+        kind = "decoder-half" if self.half else "decoder"
         super().__init__(kind, checkpoint.dims, device, tensors)
         self._mask = causal_mask(self.dims)
 

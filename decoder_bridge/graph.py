@@ -18,8 +18,8 @@ read in place.
 `weight` and `tap` are those of `encoder/graph.py`. A third argument says what lies in the buffers:
     remember(name, k, v) -> (k, v)    takes the new keys and values, gives all of them so far
 
-The embedding may be stored in float16 (`stored_half`); each of its numbers is made float32 where it
-is read, and all sums are float32.
+The step may read the embedding in float16 (`half`), half the bytes: each number is made float32 as
+it is read, and all sums are float32. Several tokens or sequences at once read the float32 one.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ DECODER = "text_decoder"
 STEP = "text_decoder_step"
 
 TOKEN_EMBEDDING = "token_embedding.weight"
+HALF = f"{TOKEN_EMBEDDING}.float16"  # the same numbers
 
 KeysValues = list[tuple[TensorValue, TensorValue]]  # of each block
 
@@ -178,14 +179,10 @@ def decoder_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(part): s for name, s in shapes.items() if name.startswith(part)}
 
 
-def decoder_weights(dims: ModelDimensions, device: DeviceRef, stored_half: bool) -> WeightSource:
-    """The decoder's tensors as external constants, float32 but for the embedding if `stored_half`:
-    its rows are more than half of all weights, and in a published checkpoint they are float16."""
-    weight = external_weights(decoder_shapes(dims), device)
-    if not stored_half:
-        return weight
+def with_half(weight: WeightSource, dims: ModelDimensions) -> WeightSource:
+    """The same with HALF, an external constant, for the embedding."""
     host = TensorType(DType.float16, decoder_shapes(dims)[TOKEN_EMBEDDING], DeviceRef.CPU())
-    table = ops.constant_external(TOKEN_EMBEDDING, host)
+    table = ops.constant_external(HALF, host)
     return lambda name: table if name == TOKEN_EMBEDDING else weight(name)
 
 
@@ -220,7 +217,7 @@ def add_keys_values(module: Module, dims: ModelDimensions, device: DeviceRef) ->
 
 
 def add_decoder(
-    module: Module, dims: ModelDimensions, device: DeviceRef, *, step: bool, stored_half: bool
+    module: Module, dims: ModelDimensions, device: DeviceRef, *, step: bool, half: bool = False
 ) -> None:
     """Add a graph of the decoder: new tokens -> logits.
 
@@ -249,13 +246,14 @@ def add_decoder(
         inputs = list(graph.inputs)
         tokens, mask = inputs[0].tensor, inputs[1].tensor
         cross = [value.tensor for value in inputs[-2 * len(names) : -len(names)]]
+        weight = external_weights(decoder_shapes(dims), device)
         buffers = {n: x.buffer for n, x in zip(names, inputs[-len(names) :], strict=True)}
         answer = decoder(
             tokens,
             mask,
             list(zip(cross[::2], cross[1::2], strict=True)),
             in_buffers(buffers, tokens.shape[2], mask.shape[1]),
-            decoder_weights(dims, device, stored_half),
+            with_half(weight, dims) if half else weight,
             dims,
             by_sums if step else by_products,
             None if step else inputs[2].tensor,
@@ -263,12 +261,12 @@ def add_decoder(
         graph.output(answer)
 
 
-def build(dims: ModelDimensions, device: DeviceRef, stored_half: bool = False) -> Module:
-    """The three production graphs, in one module that is compiled as one."""
+def build(dims: ModelDimensions, device: DeviceRef, half: bool = False) -> Module:
+    """The three production graphs, in one module that is compiled as one; `half` is the step's."""
     module = Module()
     add_keys_values(module, dims, device)
-    add_decoder(module, dims, device, step=False, stored_half=stored_half)
-    add_decoder(module, dims, device, step=True, stored_half=stored_half)
+    add_decoder(module, dims, device, step=False)
+    add_decoder(module, dims, device, step=True, half=half)
     return module
 
 

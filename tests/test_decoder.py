@@ -14,8 +14,8 @@ from whisper.decoding import DecodingOptions, DecodingResult, PyTorchInference
 
 import decoder_bridge.graph
 from decoder_bridge.decoding import MaxDecodingTask, MaxInference, decode
-from decoder_bridge.engine import KINDS, Cache, Decoder, TappedDecoder
-from decoder_bridge.graph import decoder_shapes, tap_names, tap_shapes
+from decoder_bridge.engine import KINDS, Cache, Decoder, TappedDecoder, with_half
+from decoder_bridge.graph import HALF, TOKEN_EMBEDDING, decoder_shapes, tap_names, tap_shapes
 from encoder.engine import EngineError, artifact_name, select_device
 from validation.metrics import relative_l2
 from validation.numbers import noise_mel
@@ -182,6 +182,31 @@ def test_our_code_ran(demo_checkpoint, demo, decoder, features, tokens, expected
             assert_same(ours, demo.stock.decoder(tokens[:1, :9], features[:1]))
     finally:
         state[name].copy_(kept)
+
+
+def test_the_step_reads_half_of_the_bytes(demo_checkpoint, decoder, features, tokens):
+    """`demo` is published in float16, so its step reads the embedding in float16, the same bits of
+    logits; a checkpoint with one number that float16 lacks keeps float32."""
+    name = "decoder.token_embedding.weight"
+    other = demo_checkpoint.tensors[name].clone().float()
+    other[50_000, 0] += 2**-20
+    fine = Decoder(replace(demo_checkpoint, tensors={**demo_checkpoint.tensors, name: other}))
+    assert decoder.half
+    assert not fine.half
+    assert decoder._weights[HALF].dtype == torch.float16
+    assert not any(x.dtype == torch.float16 for x in fine._weights.values())
+    rows = [i for i in range(demo_checkpoint.dims.n_vocab) if i != 50_000]
+    caches = decoder.start(features[:1]), fine.start(features[:1])
+    for i in range(12):
+        ours, theirs = (
+            one.logits(cache, tokens[:1, i : i + 1])
+            for one, cache in zip((decoder, fine), caches, strict=True)
+        )
+        assert torch.equal(ours[..., rows], theirs[..., rows])
+    changed = torch.tensor(2.0**-20)
+    kept = demo_checkpoint.tensors[name].float()
+    for table in (kept, kept * 1e5, kept + torch.nan, kept + changed):
+        assert (HALF in with_half({TOKEN_EMBEDDING: table})) == torch.equal(table, kept)
 
 
 def test_attention_is_the_fused_kernel(decoder, demo_checkpoint):
