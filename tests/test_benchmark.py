@@ -83,6 +83,9 @@ def test_every_variant_and_peer_is_a_system():
     assert [system(name).name for name in (*OURS, *PEERS)] == [*OURS, *PEERS]
     assert system("gpu-float16").precision == "float16"
     assert not system(BATCHED_NAME).encodes
+    assert not system(BATCHED_NAME).compiles
+    assert system("max-fast").compiles
+    assert BATCHED_NAME in OURS
 
 
 class FakeWorker:
@@ -264,6 +267,8 @@ FOUND: dict[str, Any] = {
     "cpu": "a processor",
     "cpus": 2,
     "machine": "x86_64",
+    "instructions": ["avx2"],
+    "load": 0.25,
     "versions": {"max": "26.7.0"},
     "command": "python -m validation benchmark",
     "commit": None,
@@ -277,10 +282,27 @@ def test_the_targets_are_judged_on_the_longest_recording():
     assert fast["name"].startswith("max-fast, a|b.flac (20.0 s)")
     assert (fast["met"], fast["limit"], fast["ratio"]["value"]) == (True, 0.6, 0.5)
     assert (batched["met"], batched["ratio"]) == (None, None)
+    assert (fast["wrong"], batched["wrong"]) == (None, None)
     assert of_cpu["met"]
     assert of_peer["name"].endswith("of the fastest float32 peer (openvino)")
     assert not of_peer["met"]
     assert of_peer["ratio"]["value"] == pytest.approx(0.85 / 0.8)
+
+
+def test_no_wrong_text_meets_a_target():
+    """max-fast must say what cpu says, a batch may have no more errors; both are fast enough."""
+    wrong = deepcopy(FOUND)
+    wrong["transcripts"][1]["text_tokens_identical"] = False
+    batch = transcript_row(BATCHED_NAME, 0.3)
+    wrong["transcripts"].append(batch)
+    fast, batched, *_ = targets(wrong)
+    assert (fast["met"], fast["wrong"]) == (False, "its text is not that of cpu")
+    assert (batched["met"], batched["wrong"]) == (True, None)
+    batch["wer_truth"] = 0.26
+    assert targets(wrong)[1]["wrong"] == "WER 26.0 %, cpu 25.0 %"
+    assert "missed: WER 26.0 %" in markdown(wrong | {"targets": targets(wrong)})
+    batch["wer_truth"] = None
+    assert not targets(wrong)[1]["met"]
 
 
 def test_what_a_peer_does_better_is_said():

@@ -7,8 +7,10 @@ not timed. Exit status 0: measured; 2: it cannot be measured; 130: interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
@@ -49,7 +51,9 @@ from validation.reference import float64_encoder, run_float64
 from weights import Checkpoint, WeightsError
 
 MEASURED, CANNOT, INTERRUPTED = 0, 2, 130
-DEFAULT_AUDIO = ("demo.flac", "lecture.flac")  # of samples/, as far as they are there
+LONG = "lecture.flac"  # of samples/: its first sentences, then all of it
+SHORT_SECONDS = 11.0  # that the first sentences may take
+INSTRUCTIONS = re.compile(r"\b(avx2|fma|avx512f|avx512_vnni|avx512_bf16|avx512_fp16|amx_\w+)\b")
 ENGLISH_EOT = 50256
 
 EPILOG = """\
@@ -69,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("audio", nargs="*", help="audio files (those of samples/)")
+    add("audio", nargs="*", help="audio files (samples/lecture.flac, its beginning and all of it)")
     add("--truth", help="what is said: a text file for one, a .json as samples/samples.json")
     add("--model", default="demo", help="the weights: a name, demo, a path (demo)")
     add("--language", default="en", help="the language spoken (en)")
@@ -154,38 +158,57 @@ def chosen(args: argparse.Namespace) -> dict[str, System]:
     return {one.name: one for one in [*found, *(system(p) for p in peers if p != "none")]}
 
 
-def audio_of(args: argparse.Namespace) -> tuple[list[str], str | None]:
-    """The files, and where it is written what is said in them."""
+def instructions() -> list[str]:
+    """Those of the processor that products in several precisions use, where the system says so."""
+    cpuinfo = Path("/proc/cpuinfo")
+    return sorted(set(INSTRUCTIONS.findall(cpuinfo.read_text()))) if cpuinfo.exists() else []
+
+
+def recordings_of(args: argparse.Namespace) -> list[tuple[np.ndarray, Heard]]:
+    """The recordings that are asked for, or the bundled long one and its first sentences."""
     if args.audio:
-        return args.audio, args.truth
-    found = [SAMPLES_FOLDER / name for name in DEFAULT_AUDIO]
-    files = [str(path) for path in found if path.is_file()]
-    truth = SAMPLES_FOLDER / "samples.json"
-    if not files:
-        raise BenchmarkError(f"there are no bundled recordings ({truth}): name audio files")
-    return files, str(truth) if truth.is_file() else None
+        for file in args.audio:
+            require_file(file)
+        truth = read_truth(args.truth, args.audio) if args.truth is not None else {}
+        loaded = [(file, load_audio(file)) for file in args.audio]
+        return [
+            (audio, Heard(Path(file).name, len(audio) / SAMPLE_RATE, truth.get(file)))
+            for file, audio in loaded
+        ]
+    listed = SAMPLES_FOLDER / "samples.json"
+    rows = json.loads(listed.read_text(encoding="utf-8")) if listed.is_file() else []
+    row = next((row for row in rows if row["file"] == LONG), None)
+    if row is None:
+        raise BenchmarkError(f"there is no {LONG} in {listed}: name audio files")
+    audio = load_audio(SAMPLES_FOLDER / LONG)
+    sentences = row["sentences"]
+    count = max(1, sum(s["end"] <= SHORT_SECONDS for s in sentences))
+    after = sentences[count]["start"] if count < len(sentences) else len(audio) / SAMPLE_RATE
+    beginning = audio[: round((sentences[count - 1]["end"] + after) / 2 * SAMPLE_RATE)]
+    seconds = len(beginning) / SAMPLE_RATE
+    text = " ".join(s["text"] for s in sentences[:count])
+    return [
+        (beginning, Heard(f"the beginning of {LONG}", seconds, text)),
+        (audio, Heard(LONG, len(audio) / SAMPLE_RATE, row["text"])),
+    ]
 
 
 def prepare(
     args: argparse.Namespace, checkpoint: Checkpoint, batches: list[int], folder: Path
 ) -> tuple[list[Heard], np.ndarray]:
     """Samples and mel in the folder of the run: (recordings, the float64 features of the mel)."""
-    files, truth_file = audio_of(args)
-    for file in files:
-        require_file(file)
-    truth = read_truth(truth_file, files) if truth_file is not None else {}
-    heard, mel = [], []
-    for i, file in enumerate(files):
-        audio = load_audio(file)
-        np.save(folder / SAMPLES.format(i), audio)
-        heard.append(Heard(Path(file).name, len(audio) / SAMPLE_RATE, truth.get(file)))
-        mel.append(windows(audio, checkpoint.dims.n_mels).numpy())
+    recordings = recordings_of(args)
+    heard = [one for _, one in recordings]
     names = [recording.file for recording in heard]
     if twice := [name for name in names if names.count(name) > 1]:
         raise BenchmarkError(f"two of the files are called {twice[0]}: rename one")
-    found = np.concatenate(mel)
+    for i, (audio, _) in enumerate(recordings):
+        np.save(folder / SAMPLES.format(i), audio)
+    # The longest recording's windows first: they are full.
+    ordered = sorted((audio for audio, _ in recordings), key=len, reverse=True)
+    found = np.concatenate([windows(x, checkpoint.dims.n_mels).numpy() for x in ordered])
     if len(found) == 0:
-        raise BenchmarkError(f"{files[0]} is shorter than 10 ms, one frame of the spectrogram")
+        raise BenchmarkError(f"{names[0]} is shorter than 10 ms, one frame of the spectrogram")
     inputs = enough_windows(found, max(batches))
     np.save(folder / MEL, inputs)
     if args.part == "transcript":
@@ -224,6 +247,7 @@ def versions(systems: dict[str, System]) -> dict[str, str]:
 def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """The benchmark; raises what `main` turns into a sentence."""
     began = time.monotonic()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     batches = [int(part) for part in args.batch.split(",")]
     threads = args.threads or processors()
     systems = chosen(args)
@@ -304,6 +328,8 @@ def run(args: argparse.Namespace, command: str) -> dict[str, Any]:
         "cpu": processor(),
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
+        "instructions": instructions(),
+        "load": load,
         "versions": versions(systems),
         "command": command,
         "commit": commit(),
@@ -322,10 +348,6 @@ def main(argv: list[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "validation", "benchmark", *given])
     try:
         found = run(args, command)
-        benchmark_report.terminal(
-            found, Console() if sys.stdout.isatty() else Console(width=benchmark_report.WIDTH)
-        )
-        sys.stdout.flush()
         for path, text in (
             (args.json, report.dumps),
             (args.markdown, benchmark_report.markdown),
@@ -333,6 +355,10 @@ def main(argv: list[str] | None = None) -> int:
         ):
             if path is not None:
                 report.write(path, text(found))
+        benchmark_report.terminal(
+            found, Console() if sys.stdout.isatty() else Console(width=benchmark_report.WIDTH)
+        )
+        sys.stdout.flush()
     except (AudioError, BenchmarkError, TruthError, WeightsError) as error:
         print(f"validation benchmark: {error}", file=sys.stderr)
         return CANNOT

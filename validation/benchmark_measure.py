@@ -146,7 +146,7 @@ class Part:
                 continue
             say(f"cold start of {name}: it compiles, for minutes")
             changes = {
-                variable: str(self.job(name).folder / "cold" / name / variable)
+                variable: str(self.job(name).folder / "cold" / self.first[0] / name / variable)
                 for variable in ("MAX_WHISPER_CACHE", "MODULAR_CACHE_DIR")
             }
             if (found := self.started(name, changes)) is not None:
@@ -260,7 +260,7 @@ def measure_transcripts(part: Part, heard: Sequence[Heard], language: str, eot: 
             if (answer := part.ask(name, "transcribe", i, language)) is not None:
                 texts[name, i], peaks[name, i] = answer.value, answer.peak
     for name in list(part.workers):
-        if part.systems[name].encodes or REFERENCE not in part.workers:
+        if REFERENCE not in part.workers:
             continue
         for i in order:
             rate = wer(texts[REFERENCE, i].text, texts[name, i].text, language)

@@ -19,6 +19,12 @@ from validation.peers import PEERS, Heard
 REFERENCE = "cpu"  # the system that all ratios are to
 BATCHED = 8  # windows at a time, where independent windows are decoded as a batch
 BATCHED_NAME = f"max-fast-batch{BATCHED}"
+# Another way to run a variant; cpu's shows what of a gain is the batch's and what the engine's.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gpu-float16": {"variant": "gpu", "fp16": True},
+    f"cpu-batch{BATCHED}": {"variant": "cpu", "batch_size": BATCHED},
+    **{f"max-fast-batch{n}": {"variant": "max-fast", "batch_size": n} for n in (2, 4, BATCHED)},
+}
 
 # Relative L2 of the features from the float64 reference that a precision may cost: float32 as in
 # validation/reference.py (AT_THE_END), the others a few times what right peers showed on speech.
@@ -132,7 +138,7 @@ def ours(
         precision="float16" if fp16 else "float32",
         encodes=batch_size is None and variant != "max-fast",
         transcribes=True,
-        compiles=not stock,
+        compiles=not stock and batch_size is None,  # else the graphs of the variant
         load=lambda job: Ours(job, variant, fp16, batch_size),
         cannot_run=lambda: reason_against(variant, "auto"),
         packages=("torch", "openai-whisper") if stock else ("max", "torch", "openai-whisper"),
@@ -161,11 +167,7 @@ def system(name: str) -> System:
     """The system of this name; what an own variant says of itself is read where it is asked for."""
     if name in PEERS:
         return peer_system(name)
-    special: dict[str, dict[str, Any]] = {
-        "gpu-float16": {"variant": "gpu", "fp16": True},
-        BATCHED_NAME: {"variant": "max-fast", "batch_size": BATCHED},
-    }
-    return ours(**special.get(name, {"variant": name}), name=name)
+    return ours(**SPECIAL.get(name, {"variant": name}), name=name)
 
 
-OURS = ("cpu", "gpu", "gpu-float16", "max-attention", "max", "max-fast", BATCHED_NAME)
+OURS = ("cpu", "gpu", "max-attention", "max", "max-fast", *SPECIAL)
