@@ -33,9 +33,11 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -188,8 +190,10 @@ def noise_of(kind: str, count: int, seed: int, corpus: Corpus) -> np.ndarray:
     return (noise / np.sqrt(np.mean(noise**2) + 1e-12)).astype(np.float32)
 
 
-def compose(corpus: Corpus, rng: random.Random, seconds: float) -> Window:
+def compose(corpus: Corpus, rng: random.Random, seconds: float, run_on: float = 0.0) -> Window:
     """Sentences with pauses between them, a room, noise and level varied, in `seconds` of audio.
+
+    run_on : the share of the sentences that go on, as one sentence, in the next one
 
     Mostly speech up to the end, which cuts the last sentence, as the sliding window meets it; in
     some windows of 30 s silence from 2 s on or later; 4 % hold no speech.
@@ -198,7 +202,7 @@ def compose(corpus: Corpus, rng: random.Random, seconds: float) -> Window:
     room = seconds if full else rng.uniform(2.0, seconds)
     samples: np.ndarray = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
     sentences: list[tuple[str, float, float]] = []
-    cut, cut_text = None, ""
+    cut, cut_text, joining = None, "", False
     may_cut = full and seconds > 4 and rng.random() < 0.75
     at = rng.choice([0.0, rng.uniform(0.0, 0.9), rng.uniform(0.0, 0.3)])
     if seconds > 8 and rng.random() < 0.06:
@@ -228,6 +232,14 @@ def compose(corpus: Corpus, rng: random.Random, seconds: float) -> Window:
         start = round(at * SAMPLE_RATE)
         samples[start : start + len(audio)] += audio[: len(samples) - start]
         sentences.append((corpus.text[i], at, at + len(audio) / SAMPLE_RATE))
+        if joining:
+            (before, begun, _), (text, _, ended) = sentences.pop(-2), sentences.pop()
+            sentences.append((f"{before} {text}", begun, ended))
+        joining = run_on > 0 and not joining and rng.random() < run_on
+        if joining and room - sentences[-1][2] >= 1.0:
+            at = sentences[-1][2] + rng.uniform(0.02, 0.12)
+            continue
+        joining = False
         pause = rng.uniform(0.15, 1.0) if rng.random() < 0.93 else rng.uniform(1.0, 5.0)
         at = sentences[-1][2] + pause
         if room - at < 0.4:
@@ -329,21 +341,28 @@ def tokens_of(
 
 
 @dataclass
-class Batch:
-    """mel (B, 80, frames) float32; tokens and targets (B, n) rows of the compact table, IGNORED
-    where there is no loss; characters and words: the CTC targets, end to end, with their lengths;
-    given_at and said_at (B, n): when tokens and targets are spoken, in seconds, NaN where they are
-    not."""
+class Lines:
+    """The decoder's side of a batch: tokens and targets (B, n) rows of the compact table, IGNORED
+    where there is no loss; given_at and said_at (B, n): when they are spoken, in seconds, NaN where
+    they are not."""
 
-    mel: Tensor
     tokens: Tensor
     targets: Tensor
+    given_at: Tensor
+    said_at: Tensor
+
+
+@dataclass
+class Batch:
+    """mel (B, 80, frames) float32; characters and words: the CTC targets, end to end, with their
+    lengths."""
+
+    mel: Tensor
+    lines: Lines
     characters: Tensor
     character_lengths: Tensor
     words: Tensor
     word_lengths: Tensor
-    given_at: Tensor
-    said_at: Tensor
     decoder: bool
 
 
@@ -360,6 +379,24 @@ class Batches:
         _, decoder, lengths = next(phase for phase in CURRICULUM if step < phase[0])
         seconds, size, _ = rng.choices(lengths, [share for *_, share in lengths])[0]
         windows = [compose(self.corpus, rng, seconds) for _ in range(size)]
+        texts = [" ".join([*(s[0] for s in w.sentences), w.cut_text]).strip() for w in windows]
+        characters = [[1 + CTC_ALPHABET.index(c) for c in text.lower()] for text in texts]
+        words = [self.words_of(window) for window in windows]
+        lines = self.lines(windows, rng, seconds, MISHEARD if step >= LATER else 0.0)
+        return Batch(
+            torch.stack([w.mel(rng) for w in windows]),
+            lines,
+            torch.tensor([c for row in characters for c in row]),
+            torch.tensor([len(row) for row in characters]),
+            torch.tensor([w for row in words for w in row]),
+            torch.tensor([len(row) for row in words]),
+            decoder,
+        )
+
+    def lines(
+        self, windows: Sequence[Window], rng: random.Random, seconds: float, misheard: float
+    ) -> Lines:
+        """What the decoder is given of these windows, and what it has to say."""
         tokens: list[Tensor] = []
         targets: list[Tensor] = []
         given_at: list[Tensor] = []
@@ -371,33 +408,24 @@ class Batches:
             if rng.random() < (0.3 if seconds > 8 else 0.1 if seconds > 4 else 0):
                 prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
             given, said = tokens_of(window, self.tokenizer, timestamps, prompt)
-            if step >= LATER:
-                given = [self.misheard(t, rng) for t in given]
+            if misheard:
+                given = [self.misheard(t, rng, misheard) for t in given]
             tokens.append(torch.tensor([self.row[t.token] for t in given]))
             targets.append(torch.tensor([self.row[t.token] for t in said]))
             for times, sequence in ((given_at, given), (said_at, said)):
                 times.append(torch.tensor([math.nan if t.at is None else t.at for t in sequence]))
-        texts = [" ".join([*(s[0] for s in w.sentences), w.cut_text]).strip() for w in windows]
-        characters = [[1 + CTC_ALPHABET.index(c) for c in text.lower()] for text in texts]
-        words = [self.words_of(window) for window in windows]
         pad = nn.utils.rnn.pad_sequence
-        return Batch(
-            torch.stack([w.mel(rng) for w in windows]),
+        return Lines(
             pad(tokens, batch_first=True, padding_value=0),
             pad(targets, batch_first=True, padding_value=IGNORED),
-            torch.tensor([c for row in characters for c in row]),
-            torch.tensor([len(row) for row in characters]),
-            torch.tensor([w for row in words for w in row]),
-            torch.tensor([len(row) for row in words]),
             pad(given_at, batch_first=True, padding_value=math.nan),
             pad(said_at, batch_first=True, padding_value=math.nan),
-            decoder,
         )
 
-    def misheard(self, said: Said, rng: random.Random) -> Said:
+    def misheard(self, said: Said, rng: random.Random, share: float) -> Said:
         """Some words replaced by any other: the decoder must go on where it was after a mistake of
         its own, and not where it finds the mistaken word."""
-        if said.token >= self.tokenizer.eot or rng.random() >= MISHEARD:
+        if said.token >= self.tokenizer.eot or rng.random() >= share:
             return said
         return replace(said, token=rng.choice(self.words))
 
@@ -482,18 +510,22 @@ class Trainee(nn.Module):
         losses = {"ctc": by_ctc(self.ctc(features), batch.characters, batch.character_lengths)}
         if batch.decoder:
             losses["words"] = by_ctc(self.words(features), batch.words, batch.word_lengths)
-            rows = {"token_embedding.weight": self.token_embedding()}
-            given = batch.tokens, features
-            logits = functional_call(self.whisper.decoder, rows, given).float()
-            logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
-            losses["cross_entropy"] = F.cross_entropy(
-                logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED
-            )
-            losses["alignment"] = 0.5 * (
-                self.looks_elsewhere(0, features, batch.given_at)
-                + self.looks_elsewhere(DIMS.n_text_layer - 1, features, batch.said_at)
-            )
+            losses |= self.decode(features, batch.lines)
         return losses
+
+    def decode(self, features: Tensor, lines: Lines) -> dict[str, Tensor]:
+        """The decoder's losses on features (B, frames, 384): cross_entropy and alignment."""
+        rows = {"token_embedding.weight": self.token_embedding()}
+        logits = functional_call(self.whisper.decoder, rows, (lines.tokens, features)).float()
+        logits = torch.cat([logits[..., :-1], logits[..., -1:] + self.log_unused], dim=-1)
+        cross_entropy = F.cross_entropy(
+            logits.flatten(0, 1), lines.targets.flatten(), ignore_index=IGNORED
+        )
+        alignment = 0.5 * (
+            self.looks_elsewhere(0, features, lines.given_at)
+            + self.looks_elsewhere(DIMS.n_text_layer - 1, features, lines.said_at)
+        )
+        return {"cross_entropy": cross_entropy, "alignment": alignment}
 
     def take_over(self, checkpoint: weights.Checkpoint, used: list[int]) -> None:
         """Start from an earlier `demo`: every tensor, and the rows of the tokens that it knew; of
@@ -522,6 +554,26 @@ def learning_rate(step: int, steps: int, decay: int) -> float:
     return (LATER_LR if step >= LATER else PEAK_LR) * min(
         1.0, (step + 1) / WARMUP, (steps - step) / max(1, decay)
     )
+
+
+def write_losses(
+    log: TextIO, step: int, losses: Sequence[dict[str, float]], seconds: float
+) -> None:
+    """One row of losses.jsonl, the means of the last steps; None of what none of them had."""
+    row: dict[str, float | None] = {"step": step}
+    for name in WEIGHTS:
+        known = [own[name] for own in losses if name in own]
+        row[name] = round(sum(known) / len(known), 4) if known else None
+    row["seconds"] = round(seconds, 1)
+    log.write(json.dumps(row) + "\n")
+    log.flush()
+    print(row, file=sys.stderr)
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """The whole file or nothing."""
+    torch.save(state, path.with_suffix(".tmp"))
+    path.with_suffix(".tmp").replace(path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -584,14 +636,7 @@ def main(argv: list[str] | None = None) -> int:
             optimizer.step()
             losses.append({name: value.item() for name, value in found.items()})
             if (step + 1) % 20 == 0:
-                row: dict[str, float | None] = {"step": step + 1}
-                for name in WEIGHTS:
-                    known = [own[name] for own in losses if name in own]
-                    row[name] = round(sum(known) / len(known), 4) if known else None
-                row["seconds"] = round(time.monotonic() - began, 1)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(row, file=sys.stderr)
+                write_losses(log, step + 1, losses, time.monotonic() - began)
                 losses.clear()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 state = {
@@ -602,8 +647,7 @@ def main(argv: list[str] | None = None) -> int:
                     "seed": args.seed,
                     "dims": asdict(DIMS),
                 }
-                torch.save(state, newest.with_suffix(".tmp"))
-                newest.with_suffix(".tmp").replace(newest)
+                save_state(newest, state)
                 if step + 1 <= falling:
                     shutil.copyfile(newest, stable.with_suffix(".tmp"))
                     stable.with_suffix(".tmp").replace(stable)
