@@ -1103,6 +1103,20 @@ def test_the_encoder_alone_leaves_the_bridge_out(small: Bench, capsys: pytest.Ca
         bench.measurable(["S31"], checkpoint, [])
 
 
+def test_variants_are_those_whose_text_ends(
+    small: Bench, demo_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+):
+    """In the order in which they are made, and none of a decoder that never ends a text."""
+    args = bench.build_parser().parse_args([FILES[0], "--variants", "2"])
+    with pytest.raises(BenchError, match=r"of 6 variants of demo.flac .* in 0, and 2 are wanted"):
+        bench.listened_to(bench.named(args), small.checkpoint, args)
+    made = [r.name for r in variants(bench.named(args)[0], 6)]
+    looping = made[1]
+    monkeypatch.setattr(bench, "comes_to_an_end", lambda _, recording: recording.name != looping)
+    found = bench.listened_to(bench.named(args), demo_checkpoint, args)
+    assert [r.name for r in found] == [made[0], made[2]]
+
+
 def test_the_same_words_again_leave_the_bridge_out(
     small: Bench, capsys: pytest.CaptureFixture[str]
 ):

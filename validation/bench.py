@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from importlib.metadata import version
+from itertools import islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 import weights
+from decoder_bridge.model import stock_model
 from encoder.audio import AudioError
 from encoder.engine import EngineError
 from encoder.truth import TruthError, read_truth
@@ -42,6 +44,7 @@ from validation.parity import PACKAGES, ParityError, commit, processor
 from validation.recordings import Recording, RecordingsError, bundled, from_files, variants
 from validation.reference import ReferenceBroken
 from validation.report import dumps, write
+from validation.transcripts import comes_to_an_end
 from validation.trials import Bench, BenchError, Row, discard, prepare
 from weights import Checkpoint, WeightsError
 
@@ -228,14 +231,37 @@ def measurable(
     return left
 
 
-def listened_to(args: argparse.Namespace) -> list[Recording]:
-    if args.audio:
-        truth = None if args.truth is None else read_truth(args.truth, args.audio)
-        found = from_files(args.audio, truth)
-        if args.variants is not None:
-            found = [v for r in found for v in variants(r, args.variants, args.seed)]
-    else:
-        found = bundled()
+SPARE = 3  # times as many variants are made as are asked for
+
+
+def named(args: argparse.Namespace) -> list[Recording]:
+    """The recordings that are named, or the bundled ones."""
+    if not args.audio:
+        return bundled()
+    return from_files(
+        args.audio, None if args.truth is None else read_truth(args.truth, args.audio)
+    )
+
+
+def listened_to(
+    found: list[Recording], checkpoint: Checkpoint, args: argparse.Namespace
+) -> list[Recording]:
+    """Those recordings, or so many variants of each. Of variants only such are taken whose right
+    text comes to an end: one that loops is no yardstick of a text, and there are others.
+    BenchError where there are too few."""
+    if args.variants is not None:
+        wanted, each, found = args.variants, found, []
+        model = stock_model(checkpoint) if checkpoint.has_decoder else None
+        for recording in each:
+            made = variants(recording, wanted * SPARE, args.seed)
+            ended = (one for one in made if model is None or comes_to_an_end(model, one))
+            taken = list(islice(ended, wanted))
+            if len(taken) < wanted:
+                raise BenchError(
+                    f"of {len(made)} variants of {recording.name} the right text comes to an end "
+                    f"in {len(taken)}, and {wanted} are wanted"
+                )
+            found += taken
     return found[:SHORT_RECORDINGS] if args.short else found
 
 
@@ -418,8 +444,9 @@ def run(args: argparse.Namespace, command: str) -> tuple[dict[str, Any], bool]:
     """(the findings, whether they are of the whole catalogue); raises ERRORS and OSError."""
     began = time.monotonic()
     keys = chosen(args)
-    recordings = listened_to(args)
+    files = named(args)
     checkpoint = weights.load(args.model, offline=args.offline)
+    recordings = listened_to(files, checkpoint, args)
     keys = measurable(keys, checkpoint, recordings)
     folder = folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from whisper.audio import HOP_LENGTH
 from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
+from encoder.audio import windows
 from validation.faults import Fault
 from validation.faults.bridge import segments_of, transcribed
 from validation.recordings import Recording, joined
@@ -81,6 +82,24 @@ def counted(found: TextError) -> dict[str, Any]:
     }
 
 
+def options_for(model: whisper.Whisper) -> DecodingOptions:
+    """Greedy, with timestamps where the checkpoint knows them."""
+    return DecodingOptions(
+        language=None if model.is_multilingual else "en",
+        without_timestamps=not knows_timestamps(model),
+        fp16=False,
+    )
+
+
+def comes_to_an_end(model: whisper.Whisper, recording: Recording) -> bool:
+    """Whether the text of the recording, one window, ends before the most tokens it may have."""
+    options = options_for(model)
+    mel = windows(recording.audio, model.dims.n_mels)[0]
+    (result,) = whisper.decode(model, mel[None], options)
+    task = DecodingTask(model, replace(options, language=result.language))
+    return len(result.tokens) < task.sample_len
+
+
 class Transcripts:
     """The reference's texts of `recordings`, and what other features make of them.
 
@@ -96,11 +115,7 @@ class Transcripts:
         self.model, self.recordings = model, recordings
         self.timestamps = knows_timestamps(model)
         self.normalize = (BasicTextNormalizer if model.is_multilingual else EnglishTextNormalizer)()
-        self.options = DecodingOptions(
-            language=None if model.is_multilingual else "en",
-            without_timestamps=not self.timestamps,
-            fp16=False,
-        )
+        self.options = options_for(model)
         self.features = torch.cat(list(features))
         self.results = self._decode(self.features)
         self.heard = [self._heard(i, result) for i, result in enumerate(self.results)]
