@@ -1,13 +1,13 @@
 """Go on training the decoder of `demo` alone, on an encoder that no longer changes.
 
-    python -m weights.demo.decoder --steps 2000
+    python -m weights.demo.decoder --steps 2600
 
 A window of 30 s costs the encoder much and the decoder little: so the features of each window are
 kept for a while and used several times, each time with another prompt, with timestamps or without,
 and with other mistaken words. A step is FRESH new windows and those drawn from the last POOL. Some
-sentences run on into the next one, which makes them long and lets words come again in them. The
-learning rate warms up and falls to zero. Resumable and seeded; what a resumed run draws is another,
-since it has no windows kept at first.
+sentences run on into the next one, and the corpus has longer ones besides, `text.prose`: words come
+again in both. The learning rate warms up and falls to zero. Resumable and seeded; what a resumed
+run draws is another, since it has no windows kept at first.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from whisper.tokenizer import get_tokenizer
 
+from weights.demo.speech import PROSE
 from weights.demo.train import (
     MISHEARD,
     WEIGHTS,
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("build/demo"))
     parser.add_argument("--run", type=Path, default=Path("build/demo/run"), help="of train")
     parser.add_argument("--out", type=Path, default=Path("build/demo/decoder"))
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=100)
     args = parser.parse_args(argv)
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"decoder: there is no {trained}: run weights.demo.train first", file=sys.stderr)
         return 1
     tokenizer = get_tokenizer(multilingual=False)
-    corpus = Corpus(args.data, "train")
+    corpus = Corpus(args.data, "train", PROSE)
     batches = Batches(corpus, tokenizer, args.seed)
     used = used_tokens(tokenizer)
     model = Trainee(len(used), sum(token < tokenizer.eot for token in used))

@@ -30,6 +30,7 @@ from weights.demo import text
 
 SAMPLE_RATE = 16_000  # Hz
 SHARD = 500  # utterances
+PROSE = "prose"  # a split of longer sentences, for the decoder alone
 VOICES = (
     "espeak-ng:en-us",
     "espeak-ng:en-us+f3",
@@ -61,7 +62,10 @@ class Utterance:
 def utterance(split: str, seed: int, index: int, short_share: float) -> Utterance:
     """Utterance `index` of a split, from its own random stream."""
     rng = random.Random(f"{split}/{seed}/{index}")
-    words = text.phrase(rng) if rng.random() < short_share else text.sentence(rng)
+    if split == PROSE:
+        words = text.prose(rng)
+    else:
+        words = text.phrase(rng) if rng.random() < short_share else text.sentence(rng)
     return Utterance(words, rng.choice(VOICES), rng.uniform(0.8, 1.25), rng.randint(30, 70))
 
 
@@ -124,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.demo.speech", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     parser.add_argument("--train", type=int, default=24_000, help="utterances to train on")
+    parser.add_argument("--prose", type=int, default=5_000, help="longer ones, for the decoder")
     parser.add_argument("--held-out", type=int, default=500, help="utterances to evaluate on")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
@@ -141,7 +146,12 @@ def main(argv: list[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 1
     note.write_text(json.dumps(recipe))
-    for split, count, short_share in (("held-out", args.held_out, 0.0), ("train", args.train, 0.3)):
+    splits = (
+        ("held-out", args.held_out, 0.0),
+        ("train", args.train, 0.3),
+        (PROSE, args.prose, 0.0),
+    )
+    for split, count, short_share in splits:
         for first in range(0, count, SHARD):
             path = args.out / f"{split}-{first // SHARD:03d}"
             if path.with_suffix(".json").exists():

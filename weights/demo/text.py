@@ -158,6 +158,10 @@ VOCABULARY: tuple[str, ...] = tuple(
 )  # fmt: skip
 
 
+SMALL = [*DETERMINERS, *PREPOSITIONS, *PRONOUNS, *OTHER]
+COMMON = "the a and of is in it at as on this that one so we was each".split()
+
+
 def noun_phrase(rng: random.Random) -> list[str]:
     """A determiner or a number, perhaps an adjective, a noun."""
     kind = rng.random()
@@ -198,6 +202,19 @@ def sentence(rng: random.Random) -> str:
     words = clause(rng)
     if len(words) < 7 and rng.random() < 0.2:
         words += [rng.choice(["and", "but", "because", "while", "when"]), *clause(rng)]
+    return " ".join(words)
+
+
+def prose(rng: random.Random) -> str:
+    """Six to sixteen words in random order, of which about half are the small words of real text,
+    so that they come again and again within a sentence; none twice in a row."""
+    words: list[str] = []
+    wanted = rng.randint(6, 16)
+    while len(words) < wanted:
+        kind = rng.random()
+        word = rng.choice(COMMON if kind < 0.35 else SMALL if kind < 0.5 else VOCABULARY)
+        if word not in words[-1:]:
+            words.append(word)
     return " ".join(words)
 
 

@@ -94,14 +94,14 @@ def used_tokens(tokenizer: Tokenizer) -> list[int]:
 
 
 class Corpus:
-    """The spoken utterances of one split: `audio(i)` float32 samples, `text[i]`, `seconds[i]`."""
+    """The spoken utterances of some splits: `audio(i)` float32 samples, `text[i]`, `seconds[i]`."""
 
-    def __init__(self, folder: Path, split: str):
+    def __init__(self, folder: Path, *splits: str):
         self.shards: list[np.ndarray] = []
         self.rows: list[tuple[int, int, int]] = []
         self.text: list[str] = []
         self.voice: list[str] = []
-        for path in sorted(folder.glob(f"{split}-*.json")):
+        for path in (path for split in splits for path in sorted(folder.glob(f"{split}-*.json"))):
             samples = np.load(path.with_suffix(".npy"), mmap_mode="r")
             for row in json.loads(path.read_text()):
                 self.rows.append((len(self.shards), row["start"], row["length"]))
@@ -109,7 +109,8 @@ class Corpus:
                 self.voice.append(row["voice"])
             self.shards.append(samples)
         if not self.rows:
-            raise SystemExit(f"train: no {split} corpus in {folder}; run weights.demo.speech first")
+            named = " or ".join(splits)
+            raise SystemExit(f"train: no {named} corpus in {folder}; run weights.demo.speech first")
         self.seconds = np.array([r[2] for r in self.rows]) / SAMPLE_RATE
         self.by_length = np.argsort(self.seconds, kind="stable")
         hard = [i for i in self.by_length if self.voice[i].startswith(HARD)]
