@@ -1,6 +1,6 @@
 # `make` alone lists the targets. Everything runs in .venv, which `make install` makes by itself.
 PYTHON ?= python3
-AUDIO ?= samples/demo.flac
+AUDIO ?= samples/lecture.flac
 # What is said in AUDIO, a .txt or .json; without one there is no word error rate.
 TRUTH ?= $(if $(filter samples/%,$(AUDIO)),samples/samples.json)
 MODEL ?= demo

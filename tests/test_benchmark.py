@@ -240,6 +240,7 @@ FOUND: dict[str, Any] = {
             ("gpu", "float32", "there is none"),
             ("max", "float32", None),
             ("max-fast", "float32", None),
+            (BATCHED_NAME, "float32", None),
             ("openvino", "float32", None),
             ("openvino-bfloat16", "bfloat16", None),
         ]
@@ -458,7 +459,7 @@ def test_a_small_run_from_end_to_end(tiny: Path, tmp_path: Path, capsys):
     )
     assert status == 0
     found = json.loads(outputs["json"].read_text())
-    assert [s["problem"] for s in found["systems"]] == [None, None, None]
+    assert [s["problem"] for s in found["systems"]] == [None] * 4
     assert [(r["system"], r["batch"]) for r in found["encoder"]] == [
         (name, batch) for batch in (1, 2) for name in ("cpu", "onnxruntime", "faster-whisper")
     ]

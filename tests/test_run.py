@@ -779,7 +779,7 @@ def test_a_missing_file_does_not_wait_for_max_and_threads_are_bound(tmp_path):
 @pytest.mark.parametrize(
     ("given", "ends"),
     [
-        ([], "--model 'demo' --verbose True --truth 'samples/samples.json' 'samples/demo.flac'"),
+        ([], "--model 'demo' --verbose True --truth 'samples/samples.json' 'samples/lecture.flac'"),
         (["AUDIO=talk.mp3", "MODEL=tiny"], "--model 'tiny' --verbose True  'talk.mp3'"),
         (["AUDIO=a.mp3", "TRUTH=a.txt"], "--model 'demo' --verbose True --truth 'a.txt' 'a.mp3'"),
     ],
