@@ -297,6 +297,23 @@ def test_sentences_that_run_on_are_one_sentence(corpus: Corpus):
     assert {len(s[0].split()) for window in plain for s in window.sentences} == {2}
 
 
+def test_previous_texts_that_are_wrong_in_places(corpus: Corpus):
+    """Before the window's own tokens, without loss, 223 at most, some of them no words of it."""
+    batches, window = Batches(corpus, TOKENIZER, 1), Window(SOUND, [("red cat", 0.1, 0.9)])
+    lines = batches.lines([window] * 200, random.Random(1), train.WINDOW, 0.08, prompted=0.7)
+    used = used_tokens(TOKENIZER)
+    starts = [[used[i] for i in row].index(TOKENIZER.sot) for row in lines.tokens.tolist()]
+    assert sum(start > 0 for start in starts) / 200 == pytest.approx(0.7, abs=0.1)
+    assert 100 < max(starts) <= train.MAX_PROMPT + 1
+    known = {t for words in corpus.text for t in TOKENIZER.encode(" " + words)}
+    given, wrong = 0, 0
+    for row, targets, start in zip(lines.tokens, lines.targets, starts, strict=True):
+        assert (targets[:start] == train.IGNORED).all()
+        words = [t for i in row[:start].tolist() if (t := used[i]) < TOKENIZER.eot]
+        given, wrong = given + len(words), wrong + sum(t not in known for t in words)
+    assert wrong / given == pytest.approx(0.08, abs=0.02)
+
+
 def test_the_decoder_alone_is_trained(corpus: Corpus, tmp_path: Path):
     """Its tensors change, no other does; a second run goes on after the first one's steps."""
     torch.manual_seed(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -53,7 +54,8 @@ class Heard:
 def transcribe(model: whisper.Whisper, audio: np.ndarray, **options: Any) -> Heard:
     """`model.transcribe` with stock's defaults but for `options`, and with its windows noted.
 
-    What is decoded above temperature 0 is sampled: from one seed, so that both models draw alike.
+    What is decoded above temperature 0 is sampled: from one seed, that of `weights.demo.evaluate`
+    for this recording, so that both models, and the evaluation, draw alike.
     """
     heard = Heard()
     decode = model.decode
@@ -69,7 +71,7 @@ def transcribe(model: whisper.Whisper, audio: np.ndarray, **options: Any) -> Hea
     hook = model.encoder.register_forward_hook(count)
     model.decode = noted
     try:
-        torch.manual_seed(1)
+        torch.manual_seed(int(hashlib.sha256(audio.tobytes()).hexdigest()[:8], 16))
         heard.result = model.transcribe(audio, fp16=False, **options)
     finally:
         del model.decode
@@ -116,15 +118,17 @@ def test_the_segments_are_stocks_in_words_and_times(both):
     if "word_timestamps" in options:  # a segment then ends where its last word is found to end
         assert sum(len(a["words"]) for a, _ in pairs) >= 100
     else:
-        assert ours.result["segments"][-1]["end"] >= SECONDS - 1.0  # nobody stopped before the end
+        assert ours.result["segments"][-1]["end"] >= SECONDS - 10  # nobody stopped in the midst
 
 
 def test_the_recording_is_heard_as_well_as_the_evaluation_says(both):
-    """Through MAX the words that `evaluation.json` counts for stock, under every option about."""
+    """Through MAX, by default, the words that `evaluation.json` counts for stock."""
+    if both[2]:
+        pytest.skip("was evaluated with the default options alone")
     (row,) = (row for row in sample_rows() if row["file"] == "lecture.flac")
     card = json.loads((Path(weights.__file__).parent / "demo" / "evaluation.json").read_text())
     wer = jiwer.wer(row["text"].lower(), both[0].result["text"].lower().strip())
-    assert wer == pytest.approx(card["lecture"]["wer"], abs=0.03)
+    assert wer == pytest.approx(card["lecture"]["wer"], abs=0.005)
 
 
 MEMORY = """

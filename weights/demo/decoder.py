@@ -1,6 +1,6 @@
 """Go on training the decoder of `demo` alone, on an encoder that no longer changes.
 
-    python -m weights.demo.decoder --steps 2600
+    python -m weights.demo.decoder --steps 3060
 
 A window of 30 s costs the encoder much and the decoder little: so the features of each window are
 kept for a while and used several times, each time with another prompt, with timestamps or without,
@@ -43,6 +43,7 @@ from weights.demo.train import (
 
 FRESH, BATCH, POOL = 2, 8, 1500  # windows
 RUN_ON = 0.25  # of the sentences
+PROMPTED = 0.7  # of the windows
 PEAK_LR, WARMUP = 5e-4, 50  # steps
 
 Heard = tuple[Tensor, Window]  # features (1500, 384) float16, and the window without its sound
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("build/demo"))
     parser.add_argument("--run", type=Path, default=Path("build/demo/run"), help="of train")
     parser.add_argument("--out", type=Path, default=Path("build/demo/decoder"))
-    parser.add_argument("--steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=3060)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=100)
     args = parser.parse_args(argv)
@@ -95,6 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     model = Trainee(len(used), sum(token < tokenizer.eot for token in used))
     begun = torch.load(trained, weights_only=True)
     state = torch.load(newest, weights_only=True) if newest.exists() else begun
+    if state["seed"] != args.seed and newest.exists():
+        print(f"decoder: {newest} was trained with seed {state['seed']}", file=sys.stderr)
+        return 1
     model.load_state_dict(state["model"])
     for part in (model.whisper.encoder, model.ctc, model.words):
         part.requires_grad_(False)
@@ -117,7 +121,8 @@ def main(argv: list[str] | None = None) -> int:
                 group["lr"] = learning_rate(step, args.steps)
             rng = random.Random(f"decoder/{args.seed}/{step}")
             heard = windows(step, rng)
-            lines = batches.lines([window for _, window in heard], rng, WINDOW, MISHEARD)
+            heard_in = [window for _, window in heard]
+            lines = batches.lines(heard_in, rng, WINDOW, MISHEARD, PROMPTED)
             found = model.decode(torch.stack([x for x, _ in heard]).float(), lines)
             optimizer.zero_grad(set_to_none=True)
             loss = found["cross_entropy"] + WEIGHTS["alignment"] * found["alignment"]
@@ -130,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
                 losses.clear()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 mine = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save_state(newest, {**state, **mine, "step": origin + step + 1})
+                save_state(newest, {**state, **mine, "step": origin + step + 1, "seed": args.seed})
     return 0
 
 

@@ -33,7 +33,7 @@ from safetensors import safe_open
 
 import weights
 from weights.demo.measures import boundaries, long_measures, text_of, word_errors
-from weights.demo.speech import VOICES
+from weights.demo.speech import PROSE, VOICES
 from weights.demo.train import Corpus
 from weights.demo.trials import SEED, Recording, Sentence, lecture, long_recording, noisy, nothing
 from weights.demo.trials import windows as clean_windows
@@ -192,7 +192,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     model.load_state_dict({name: t.float() for name, t in checkpoint.tensors.items()})
     model.eval()
     corpus = Corpus(args.data, "held-out")
-    trained = set(Corpus(args.data, "train").text)
+    trained = set(Corpus(args.data, "train", PROSE).text)
     held_out = [i for i, text in enumerate(corpus.text) if text not in trained]
     notes = f"heard-{checkpoint.source.sha256[:12]}{'-quick' if args.quick else ''}.jsonl"
     options = {"temperature": 0.0} if args.quick else {}

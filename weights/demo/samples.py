@@ -25,7 +25,7 @@ import av
 import numpy as np
 
 from weights.demo import text
-from weights.demo.speech import SAMPLE_RATE, VOICES, Utterance, speak, utterance
+from weights.demo.speech import PROSE, SAMPLE_RATE, VOICES, Utterance, speak, utterance
 from weights.demo.train import Corpus
 
 PAUSE = 0.5  # seconds before and after a single sentence
@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
 
-    known = set(Corpus(args.data, "train").text)
+    known = set(Corpus(args.data, "train", PROSE).text)
     single = held_out(VOICES, args.seed, known, grammar=False)
     (demo,) = held_out([DEMO_VOICE], args.seed, known, grammar=True)
     files = {u.voice.replace(":", "-").replace("+", "-"): u for u in single} | {"demo": demo}

@@ -299,9 +299,11 @@ def stamped(sentences: list[tuple[str, float, float]], tokenizer: Tokenizer) -> 
     return found
 
 
-def prompt_of(corpus: Corpus, tokenizer: Tokenizer, rng: random.Random, times: bool) -> list[int]:
-    """A previous text: one to twelve sentences, with their times as `transcribe` hands them on."""
-    texts = [corpus.text[rng.randrange(len(corpus.rows))] for _ in range(rng.randint(1, 12))]
+def prompt_of(
+    corpus: Corpus, tokenizer: Tokenizer, rng: random.Random, times: bool, most: int = 12
+) -> list[int]:
+    """A previous text: one to `most` sentences, with times as `transcribe` hands them on."""
+    texts = [corpus.text[rng.randrange(len(corpus.rows))] for _ in range(rng.randint(1, most))]
     if not times:
         return tokenizer.encode(" " + " ".join(texts))[-MAX_PROMPT:]
     at, sentences = rng.uniform(0, 1), []
@@ -395,9 +397,19 @@ class Batches:
         )
 
     def lines(
-        self, windows: Sequence[Window], rng: random.Random, seconds: float, misheard: float
+        self,
+        windows: Sequence[Window],
+        rng: random.Random,
+        seconds: float,
+        misheard: float,
+        prompted: float | None = None,
     ) -> Lines:
-        """What the decoder is given of these windows, and what it has to say."""
+        """What the decoder is given of these windows, and what it has to say.
+
+        misheard : the share of wrong words among those that it is given
+        prompted : the share of windows after a previous text of up to 24 sentences, in which some
+            words are wrong too; None: fewer, with shorter and right ones
+        """
         tokens: list[Tensor] = []
         targets: list[Tensor] = []
         given_at: list[Tensor] = []
@@ -406,7 +418,11 @@ class Batches:
             # Without timestamps a cut sentence has no name: half of all, about, are without.
             timestamps = window.cut is not None or rng.random() < 0.3
             prompt = None
-            if rng.random() < (0.3 if seconds > 8 else 0.1 if seconds > 4 else 0):
+            if prompted is not None:
+                if rng.random() < prompted:
+                    prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps, 24)
+                    prompt = [self.misheard(Said(t), rng, misheard).token for t in prompt]
+            elif rng.random() < (0.3 if seconds > 8 else 0.1 if seconds > 4 else 0):
                 prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
             given, said = tokens_of(window, self.tokenizer, timestamps, prompt)
             if misheard:
