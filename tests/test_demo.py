@@ -304,14 +304,14 @@ def test_previous_texts_that_are_wrong_in_places(corpus: Corpus):
     used = used_tokens(TOKENIZER)
     starts = [[used[i] for i in row].index(TOKENIZER.sot) for row in lines.tokens.tolist()]
     assert sum(start > 0 for start in starts) / 200 == pytest.approx(0.7, abs=0.1)
-    assert 100 < max(starts) <= train.MAX_PROMPT + 1
+    assert 60 < max(starts) <= train.MAX_PROMPT + 1
     known = {t for words in corpus.text for t in TOKENIZER.encode(" " + words)}
     given, wrong = 0, 0
     for row, targets, start in zip(lines.tokens, lines.targets, starts, strict=True):
         assert (targets[:start] == train.IGNORED).all()
         words = [t for i in row[:start].tolist() if (t := used[i]) < TOKENIZER.eot]
         given, wrong = given + len(words), wrong + sum(t not in known for t in words)
-    assert wrong / given == pytest.approx(0.08, abs=0.02)
+    assert wrong / given == pytest.approx(1 - 0.92**2, abs=0.02)  # drawn as a text, and as given
 
 
 def test_the_decoder_alone_is_trained(corpus: Corpus, tmp_path: Path):

@@ -407,8 +407,8 @@ class Batches:
         """What the decoder is given of these windows, and what it has to say.
 
         misheard : the share of wrong words among those that it is given
-        prompted : the share of windows after a previous text of up to 24 sentences, in which some
-            words are wrong too; None: fewer, with shorter and right ones
+        prompted : the share of windows after a previous text of up to 24 sentences, in which twice
+            as many words are wrong; None: fewer, with shorter and right ones
         """
         tokens: list[Tensor] = []
         targets: list[Tensor] = []
