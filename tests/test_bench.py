@@ -375,6 +375,9 @@ def test_each_fault_of_the_bridge(id_: str, demo: Pair, long_audio: Recording, r
     model, audio = demo.stock, long_audio.audio
     if id_ == "S35":  # it says as much as it can: one sentence is enough
         audio = audio[: 3 * SAMPLE_RATE]
+    if id_ == "E07-window":  # windows whose loudest bin is far under the file's
+        audio = audio.copy()
+        audio[N_SAMPLES:] *= 0.03
     before = {name: x.clone() for name, x in model.state_dict().items()}
     encoder, dims, given = model.encoder, model.dims, dict(AS_STOCK)
     made = FAULTS[id_].transcribe(model, audio, given)
@@ -386,9 +389,9 @@ def test_each_fault_of_the_bridge(id_: str, demo: Pair, long_audio: Recording, r
     assert all(s["start"] <= s["end"] for s in heard.segments)
     step = 25 * SAMPLE_RATE
     match id_:
-        case "E07-window":  # the first window has the loudest bin, or the second
+        case "E07-window":
             assert made["injected"]
-            assert len(heard.text.split()) > 0.8 * len(right.text.split())
+            assert heard.text.split()
         case "S30":  # what is said after the first window changes nothing
             other = audio.copy()
             other[N_SAMPLES:] *= 0.1

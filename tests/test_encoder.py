@@ -128,7 +128,7 @@ def test_our_code_ran(demo_checkpoint, demo_engine, name):
     mel = first_window(SAMPLES / "demo.flac")
     other = perturbed(demo_checkpoint, name)
     changed = Engine(other, "cpu")(mel)
-    assert relative_l2(changed, demo_engine(mel)) > 10 * RELATIVE_L2
+    assert relative_l2(changed, demo_engine(mel)) > 2 * RELATIVE_L2
     assert_same(changed, other, mel)
 
 

@@ -732,7 +732,8 @@ def test_half_precision_throughout(demo_short: Bench, dtype: torch.dtype, to: st
         cause = demo_short.explain(stage.name, taps)
         assert cause is not None, stage.name
         assert cause.id in ("low-precision", "output-rounded", "gelu-float16-table")
-        assert to in cause.sentence
+        # tf32 and float16 have the same ten bits: above 6e-5 nothing tells them apart
+        assert to in cause.sentence or (to == "float16" and "tf32" in cause.sentence)
 
 
 def test_few_bits_alone_are_no_cause(demo_short: Bench):
