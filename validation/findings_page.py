@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from validation.faults import FAULTS
-from validation.findings_rows import GROUPS, HARMFUL, METRICS
+from validation.findings_rows import CLASSES, GROUPS, HARMFUL, METRICS
 from validation.findings_words import (
     OVER,
     Found,
@@ -418,9 +418,6 @@ def tables(found: Found) -> dict[str, str]:
         "max": max_table(found),
         "misses": misses_table(found),
     }
-
-
-CLASSES = ("benign", "wording", "damaging", "ruinous")
 
 
 def beside_table(found: Found, other: Found) -> str:
