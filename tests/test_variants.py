@@ -206,7 +206,7 @@ MAX, PYTORCH = r"MAX 26\.\S+ on cpu", r"PyTorch 2\.\S+ on "
             rf"encoder: {PYTORCH}cpu, attention in 4 of its layers: MAX 26\.\S+, 4 layers of 384",
         ),
         ("max", rf"encoder: {MAX}, 4 layers of 384"),
-        ("max-fast", rf"encoder: {MAX}, 4 layers of 384 · decoder: {MAX}, 2 layers of 384"),
+        ("max-fast", rf"encoder: {MAX}, 4 layers of 384 · decoder: {MAX}, 3 layers of 384"),
     ],
 )
 def test_what_ran_is_said_by_the_model(models, name, line):

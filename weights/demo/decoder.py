@@ -1,13 +1,16 @@
-"""Go on training the decoder of `demo` alone, on an encoder that no longer changes.
+"""Go on training the decoder of `demo`, on an encoder that no longer changes, or hardly.
 
     python -m weights.demo.decoder --steps 3060
+    python -m weights.demo.decoder --init demo --steps 3000     # from an exported file
 
 A window of 30 s costs the encoder much and the decoder little: so the features of each window are
 kept for a while and used several times, each time with another prompt, with timestamps or without,
-and with other mistaken words. A step is FRESH new windows and those drawn from the last POOL. Some
-sentences run on into the next one, and the corpus has longer ones besides, `text.prose`: words come
-again in both. The learning rate warms up and falls to zero. Resumable and seeded; what a resumed
-run draws is another, since it has no windows kept at first.
+with other mistaken words and other stutters. A step is FRESH new windows and those drawn from the
+last POOL. Some sentences run on into the next one, and the corpus has longer ones besides,
+`text.prose`: words come again in both. With --encoder-rate the encoder learns too, from the new
+windows alone; those that are kept are then fewer, since what it made of them grows old. The
+learning rate warms up and falls to zero. Resumable and seeded; what a resumed run draws is another,
+since it has no windows kept at first.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from whisper.tokenizer import get_tokenizer
 
+import weights
+from weights.demo.export import steps_behind
 from weights.demo.speech import PROSE
 from weights.demo.train import (
     MISHEARD,
@@ -41,44 +46,57 @@ from weights.demo.train import (
     write_losses,
 )
 
-FRESH, BATCH, POOL = 2, 8, 1500  # windows
+FRESH, BATCH, POOL = 1, 8, 1500  # windows
+POOL_OF_LEARNING = 200  # windows: of an encoder that changes
 RUN_ON = 0.25  # of the sentences
-PROMPTED = 0.7  # of the windows
+PROMPTED = 0.5  # of the steps
 PEAK_LR, WARMUP = 5e-4, 50  # steps
 
 Heard = tuple[Tensor, Window]  # features (1500, 384) float16, and the window without its sound
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float = PEAK_LR) -> float:
     """Linear up, and down to zero; `step` counts from 0."""
-    return PEAK_LR * min((step + 1) / WARMUP, (steps - step) / steps)
+    return peak * min((step + 1) / WARMUP, (steps - step) / steps)
 
 
 class Windows:
-    """FRESH windows a step, by corpus, seed and step alone, and some of those before."""
+    """FRESH windows a step, by corpus, seed and step alone, and some of those before.
 
-    def __init__(self, model: Trainee, corpus: Corpus, seed: int):
-        self.model, self.corpus, self.seed = model, corpus, seed
-        self.pool: deque[Heard] = deque(maxlen=POOL)
+    learning : whether the encoder learns from the new ones
+    """
 
-    def __call__(self, step: int, rng: random.Random) -> list[Heard]:
+    def __init__(self, model: Trainee, corpus: Corpus, seed: int, learning: bool = False):
+        self.model, self.corpus, self.seed, self.learning = model, corpus, seed, learning
+        self.pool: deque[Heard] = deque(maxlen=POOL_OF_LEARNING if learning else POOL)
+
+    def __call__(self, rng: random.Random) -> tuple[Tensor, list[Window]]:
+        """Features (BATCH, 1500, 384), fewer at first, and what is heard in them."""
         fresh = [compose(self.corpus, rng, WINDOW, RUN_ON) for _ in range(FRESH)]
         mel = torch.stack([window.mel(rng) for window in fresh])
-        with torch.no_grad():
-            features = self.model.whisper.encoder(mel).half()
-        nothing = np.empty(0, np.float32)
-        new = [(x, replace(w, samples=nothing)) for x, w in zip(features, fresh, strict=True)]
+        with torch.set_grad_enabled(self.learning):
+            features = self.model.whisper.encoder(mel)
         old = rng.sample(list(self.pool), min(len(self.pool), BATCH - FRESH))
-        self.pool.extend(new)
-        return [*new, *old]
+        nothing = np.empty(0, np.float32)
+        new = [replace(window, samples=nothing) for window in fresh]
+        self.pool.extend(zip(features.detach().half(), new, strict=True))
+        return torch.cat([features, *(x[None].float() for x, _ in old)]), [
+            *new,
+            *(w for _, w in old),
+        ]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.demo.decoder", description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("build/demo"))
-    parser.add_argument("--run", type=Path, default=Path("build/demo/run"), help="of train")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--run", type=Path, default=Path("build/demo/run"), help="of train")
+    begin.add_argument("--init", help="an earlier demo.safetensors, or demo, instead")
     parser.add_argument("--out", type=Path, default=Path("build/demo/decoder"))
     parser.add_argument("--steps", type=int, default=3060)
+    parser.add_argument(
+        "--encoder-rate", type=float, default=0.0, help="peak learning rate of the encoder (0)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--save-every", type=int, default=100)
     args = parser.parse_args(argv)
@@ -86,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     trained, newest = args.run / "checkpoint.pt", args.out / "checkpoint.pt"
-    if not trained.exists():
+    if not (args.init or trained.exists()):
         print(f"decoder: there is no {trained}: run weights.demo.train first", file=sys.stderr)
         return 1
     tokenizer = get_tokenizer(multilingual=False)
@@ -94,48 +112,67 @@ def main(argv: list[str] | None = None) -> int:
     batches = Batches(corpus, tokenizer, args.seed)
     used = used_tokens(tokenizer)
     model = Trainee(len(used), sum(token < tokenizer.eot for token in used))
-    begun = torch.load(trained, weights_only=True)
-    state = torch.load(newest, weights_only=True) if newest.exists() else begun
-    if state["seed"] != args.seed and newest.exists():
-        print(f"decoder: {newest} was trained with seed {state['seed']}", file=sys.stderr)
-        return 1
-    model.load_state_dict(state["model"])
-    for part in (model.whisper.encoder, model.ctc, model.words):
+    origin = 0
+    if args.init:
+        checkpoint = weights.load(args.init, offline=True)
+        model.take_over(checkpoint, used)
+        origin = steps_behind(checkpoint.source.path)
+        earlier = Path(__file__).with_name("losses.jsonl") if args.init == "demo" else None
+    else:
+        begun = torch.load(trained, weights_only=True)
+        model.load_state_dict(begun["model"])
+        origin, earlier = begun["step"], args.run / "losses.jsonl"
+    encoder_learns = args.encoder_rate > 0
+    for part in (model.ctc, model.words, *([] if encoder_learns else [model.whisper.encoder])):
         part.requires_grad_(False)
+    own = set(model.whisper.encoder.parameters())
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        learning, lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.01, fused=True
-    )
-    if newest.exists():
-        optimizer.load_state_dict(state["optimizer"])
+    rates = {"optimizer": PEAK_LR} | ({"encoder": args.encoder_rate} if encoder_learns else {})
+    optimizers = {
+        name: torch.optim.AdamW(
+            [p for p in learning if (p in own) == (name == "encoder")],
+            lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True,
+        )
+        for name, rate in rates.items()
+    }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    if not newest.exists():  # its losses go on from those of the training before
-        shutil.copyfile(args.run / "losses.jsonl", args.out / "losses.jsonl")
-    windows = Windows(model, corpus, args.seed)
-    origin, first = begun["step"], state["step"] - begun["step"]
+    first = 0
+    if newest.exists():
+        state = torch.load(newest, weights_only=True)
+        if state["seed"] != args.seed:
+            print(f"decoder: {newest} was trained with seed {state['seed']}", file=sys.stderr)
+            return 1
+        model.load_state_dict(state["model"])
+        for name in optimizers.keys() & state.keys():
+            optimizers[name].load_state_dict(state[name])
+        first = state["step"] - origin
+    elif earlier:  # its losses go on from those of the training before
+        shutil.copyfile(earlier, args.out / "losses.jsonl")
+    windows = Windows(model, corpus, args.seed, encoder_learns)
     began = time.monotonic()
     losses: list[dict[str, float]] = []
     with open(args.out / "losses.jsonl", "a") as log:
         for step in range(first, args.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps)
+            for name, optimizer in optimizers.items():
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, args.steps, rates[name])
+                optimizer.zero_grad(set_to_none=True)
             rng = random.Random(f"decoder/{args.seed}/{step}")
-            heard = windows(step, rng)
-            heard_in = [window for _, window in heard]
-            lines = batches.lines(heard_in, rng, WINDOW, MISHEARD, PROMPTED)
-            found = model.decode(torch.stack([x for x, _ in heard]).float(), lines)
-            optimizer.zero_grad(set_to_none=True)
+            features, heard = windows(rng)
+            found = model.decode(features, batches.lines(heard, rng, WINDOW, MISHEARD, PROMPTED))
             loss = found["cross_entropy"] + WEIGHTS["alignment"] * found["alignment"]
             loss.backward()
             nn.utils.clip_grad_norm_(learning, 1.0)
-            optimizer.step()
+            for optimizer in optimizers.values():
+                optimizer.step()
             losses.append({name: value.item() for name, value in found.items()})
             if (step + 1) % 20 == 0:
                 write_losses(log, origin + step + 1, losses, time.monotonic() - began)
                 losses.clear()
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-                mine = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save_state(newest, {**state, **mine, "step": origin + step + 1, "seed": args.seed})
+                state = {name: one.state_dict() for name, one in optimizers.items()}
+                state |= {"model": model.state_dict(), "step": origin + step + 1}
+                save_state(newest, {**state, "seed": args.seed})
     return 0
 
 

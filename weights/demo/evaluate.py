@@ -29,9 +29,9 @@ from typing import Any
 
 import torch
 import whisper
-from safetensors import safe_open
 
 import weights
+from weights.demo.export import steps_behind
 from weights.demo.measures import boundaries, long_measures, text_of, word_errors
 from weights.demo.speech import PROSE, VOICES
 from weights.demo.train import Corpus
@@ -178,12 +178,6 @@ def listen(listener: Listener, recordings: Sequence[Recording], name: str) -> Ta
     return tally
 
 
-def steps(path: Path) -> str | None:
-    """The training steps behind a file of `weights.demo.export`, as its metadata has them."""
-    with safe_open(path, "pt") as file:
-        return (file.metadata() or {}).get("steps")
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Hear everything and return the report; --quick: its part."""
     checkpoint = weights.load(args.model, offline=True)
@@ -202,7 +196,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "schema": 2,
         "command": f"python -m weights.demo.evaluate --model {args.model} --windows {args.windows}",
         "sha256": checkpoint.source.sha256,
-        "steps": steps(checkpoint.source.path),
+        "steps": steps_behind(checkpoint.source.path),
         "seed": SEED,
         "held_out_sentences": len(held_out),
         "torch": torch.__version__,

@@ -14,12 +14,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from whisper.tokenizer import get_tokenizer
 
 from weights.demo.train import DIMS, Trainee, used_tokens
 
 LIMIT = 40_000_000  # bytes, the most that the repository should carry
+
+
+def steps_behind(path: Path) -> int:
+    """The training steps behind a file of this module, as its metadata has them; 0: it has none."""
+    with safe_open(path, "pt") as file:
+        return int((file.metadata() or {}).get("steps", 0))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -160,6 +160,44 @@ VOCABULARY: tuple[str, ...] = tuple(
 
 SMALL = [*DETERMINERS, *PREPOSITIONS, *PRONOUNS, *OTHER]
 COMMON = "the a and of is in it at as on this that one so we was each".split()
+# What joins technical prose; the words between are drawn.
+ARTICLES = [
+    "the",
+    "a",
+    "each",
+    "every",
+    "one",
+    "this",
+    "its",
+    "some",
+    "half of the",
+    "two",
+    "the same",
+]
+LINKS = ["of", "of the", "in", "from", "at", "and", "or", "with", "on", "without"]
+AUXILIARIES = ["can", "does not", "must", "should", "will", "would"]
+QUALITIES = ["in", "at", "the same as", "only", "still", "not", "now", "as", "than"]
+ENDINGS = [
+    "at once", "at a time", "in time", "after another", "at the end", "of its own", "together",
+    "twice", "again", "and nothing else", "in every minute", "without end",
+]  # fmt: skip
+OPENINGS = [
+    "so", "then", "now", "first", "after that", "because of this", "at the end", "if", "when",
+]  # fmt: skip
+JOINTS = [
+    "and",
+    "but",
+    "or",
+    "so",
+    "because",
+    "while",
+    "which",
+    "that",
+    "so that",
+    "until",
+    "if",
+    "and then",
+]
 
 
 def noun_phrase(rng: random.Random) -> list[str]:
@@ -205,7 +243,7 @@ def sentence(rng: random.Random) -> str:
     return " ".join(words)
 
 
-def prose(rng: random.Random) -> str:
+def some_words(rng: random.Random) -> list[str]:
     """Six to sixteen words in random order, of which about half are the small words of real text,
     so that they come again and again within a sentence; none twice in a row."""
     words: list[str] = []
@@ -215,7 +253,52 @@ def prose(rng: random.Random) -> str:
         word = rng.choice(COMMON if kind < 0.35 else SMALL if kind < 0.5 else VOCABULARY)
         if word not in words[-1:]:
             words.append(word)
-    return " ".join(words)
+    return words
+
+
+def connected(rng: random.Random) -> list[str]:
+    """One or two clauses as technical prose joins them, about a few things that are named again."""
+    things = [rng.choice(TECHNICAL if rng.random() < 0.6 else NOUNS) for _ in range(3)]
+
+    def thing() -> list[str]:
+        words = rng.choice(ARTICLES).split()
+        if rng.random() < 0.3:
+            words.append(rng.choice(ADJECTIVES))
+        words.append(rng.choice(things))
+        if rng.random() < 0.3:
+            words += [*rng.choice(LINKS).split(), *rng.choice(ARTICLES).split(), rng.choice(things)]
+        return words
+
+    def verb() -> list[str]:
+        kind = rng.random()
+        if kind < 0.5:
+            return [rng.choice(VERBS)]
+        if kind < 0.75:
+            return [*rng.choice(AUXILIARIES).split(), rng.choice(PRONOUN_VERBS)]
+        return ["is", *rng.choice(QUALITIES).split()]
+
+    def one() -> list[str]:
+        if rng.random() < 0.25:
+            words = [rng.choice(PRONOUNS), rng.choice(PRONOUN_VERBS), *thing()]
+        else:
+            words = [*thing(), *verb()]
+            words += thing() if words[-1] != "is" else [rng.choice(ADJECTIVES)]
+        if rng.random() < 0.3:
+            words += rng.choice(ENDINGS).split()
+        return words
+
+    words = one()
+    if rng.random() < 0.3:
+        words = [*rng.choice(OPENINGS).split(), *words]
+    if len(words) < 10 and rng.random() < 0.6:
+        words += [*rng.choice(JOINTS).split(), *one()]
+    return words[:20]
+
+
+def prose(rng: random.Random) -> str:
+    """A longer sentence in which words come again: half of them in random order, half as technical
+    prose joins them."""
+    return " ".join(some_words(rng) if rng.random() < 0.5 else connected(rng))
 
 
 def phrase(rng: random.Random) -> str:

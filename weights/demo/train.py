@@ -18,7 +18,7 @@ Six economies:
 - A timestamp is seen too rarely to be learnt for itself: their rows are one row that all share and
   a linear image of the sinusoids of their times, those that the encoder's positions have.
 - Where each word is spoken is known, about: one head of each of the decoder's layers is taught to
-  look there, the first layer's at the token that it was given, the last one's at the next.
+  look there, the last layer's at the token that comes next, those before at the one that was given.
 
 float32, or bfloat16 autocast with --bf16: the faster one on a processor with AMX, the slower one
 without.
@@ -54,7 +54,7 @@ from weights.demo.text import VOCABULARY
 
 DIMS = ModelDimensions(
     n_mels=80, n_audio_ctx=1500, n_audio_state=384, n_audio_head=6, n_audio_layer=4,
-    n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=2,
+    n_vocab=51864, n_text_ctx=448, n_text_state=384, n_text_head=6, n_text_layer=3,
 )  # fmt: skip
 CTC_ALPHABET = " abcdefghijklmnopqrstuvwxyz"  # 0 is the blank
 WEIGHTS = {"cross_entropy": 1.0, "ctc": 0.5, "words": 1.0, "alignment": 1.0}  # of the losses
@@ -63,6 +63,8 @@ RARE = 8.0  # the logit that the blank has above a word before anything is learn
 PEAK_LR = 8e-4
 LATER, LATER_LR = 6900, 4e-4  # from this step on
 WARMUP = 200  # steps
+LOOPS = 0.2  # of the previous texts of the decoder's own training
+STUTTER = 0.04  # of the words there
 MISHEARD = 0.08  # of the words that the decoder is given, once it has learnt to find its way
 HARD, HARD_SHARE = "flite:", 0.35  # voices that are harder to hear than espeak-ng's
 WINDOW = 30.0  # seconds, Whisper's own
@@ -302,7 +304,8 @@ def stamped(sentences: list[tuple[str, float, float]], tokenizer: Tokenizer) -> 
 def prompt_of(
     corpus: Corpus, tokenizer: Tokenizer, rng: random.Random, times: bool, most: int = 12
 ) -> list[int]:
-    """A previous text: one to `most` sentences, with times as `transcribe` hands them on."""
+    """A previous text: one to `most` sentences, with times as `transcribe` hands them on: from the
+    beginning of the window in which each was heard."""
     texts = [corpus.text[rng.randrange(len(corpus.rows))] for _ in range(rng.randint(1, most))]
     if not times:
         return tokenizer.encode(" " + " ".join(texts))[-MAX_PROMPT:]
@@ -310,7 +313,16 @@ def prompt_of(
     for text in texts:
         sentences.append((text, at, at + 0.35 * len(text.split())))
         at = sentences[-1][2] + rng.uniform(0.15, 1.0)
+        if at > 27.0:
+            at = rng.uniform(0, 1)
     return [said.token for said in stamped(sentences, tokenizer)][-MAX_PROMPT:]
+
+
+def looped(prompt: list[int], rng: random.Random) -> list[int]:
+    """A previous text in which one to four tokens come again, three to twelve times."""
+    at, size = rng.randrange(len(prompt)), rng.randint(1, 4)
+    again = prompt[at : at + size] * rng.randint(3, 12)
+    return (prompt[:at] + again + prompt[at:])[-MAX_PROMPT:]
 
 
 def tokens_of(
@@ -407,26 +419,34 @@ class Batches:
         """What the decoder is given of these windows, and what it has to say.
 
         misheard : the share of wrong words among those that it is given
-        prompted : the share of windows after a previous text of up to 24 sentences, in which twice
-            as many words are wrong; None: fewer, with shorter and right ones
+        prompted : the share of batches after previous texts of up to 60 sentences, of which the
+            last 223 tokens count, wrong in places and with runs of words that come again and again,
+            as a decoder leaves them that lost its way; None: fewer, shorter and right ones
         """
         tokens: list[Tensor] = []
         targets: list[Tensor] = []
         given_at: list[Tensor] = []
         said_at: list[Tensor] = []
+        # All of a batch or none, or the short ones would be filled up to the long ones.
+        before = prompted is not None and rng.random() < prompted
         for window in windows:
             # Without timestamps a cut sentence has no name: half of all, about, are without.
             timestamps = window.cut is not None or rng.random() < 0.3
             prompt = None
-            if prompted is not None:
-                if rng.random() < prompted:
-                    prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps, 24)
-                    prompt = [self.misheard(Said(t), rng, misheard).token for t in prompt]
-            elif rng.random() < (0.3 if seconds > 8 else 0.1 if seconds > 4 else 0):
+            if before:
+                prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps, 60)
+                prompt = [self.misheard(Said(t), rng, misheard).token for t in prompt]
+                if rng.random() < LOOPS:
+                    prompt = looped(prompt, rng)
+            elif prompted is None and rng.random() < (
+                0.3 if seconds > 8 else 0.1 if seconds > 4 else 0
+            ):
                 prompt = prompt_of(self.corpus, self.tokenizer, rng, timestamps)
             given, said = tokens_of(window, self.tokenizer, timestamps, prompt)
             if misheard:
                 given = [self.misheard(t, rng, misheard) for t in given]
+            if prompted is not None:
+                given, said = self.stuttered(given, said, rng)
             tokens.append(torch.tensor([self.row[t.token] for t in given]))
             targets.append(torch.tensor([self.row[t.token] for t in said]))
             for times, sequence in ((given_at, given), (said_at, said)):
@@ -445,6 +465,22 @@ class Batches:
         if said.token >= self.tokenizer.eot or rng.random() >= share:
             return said
         return replace(said, token=rng.choice(self.words))
+
+    def stuttered(
+        self, given: list[Said], said: list[Said], rng: random.Random
+    ) -> tuple[list[Said], list[Said]]:
+        """Now and then the last one to ten words given once more, without loss until the last of
+        them: whoever began to repeat must come back to where the recording is."""
+        more, targets, run = [], [], 0  # run: words that were given in a row
+        for token, target in zip(given, said, strict=True):
+            more.append(token)
+            targets.append(target)
+            run = run + 1 if token.token < self.tokenizer.eot and target.token != IGNORED else 0
+            if run and rng.random() < STUTTER:
+                count = rng.randint(1, min(10, run))
+                more += more[-count:]
+                targets += [Said(IGNORED)] * (count - 1) + [target]
+        return more, targets
 
     def words_of(self, window: Window) -> list[int]:
         """The rows of the words heard, + 1; of a cut sentence those before the word that is cut."""
@@ -507,8 +543,9 @@ class Trainee(nn.Module):
         """- log of the share of head 0's cross-attention within NEAR seconds of `at`, the mean."""
         attention = self.whisper.decoder.blocks[layer].cross_attn
         width = DIMS.n_text_state // DIMS.n_text_head
-        q = attention.query(self.queries[layer])[..., :width]
-        k = attention.key(features.detach())[..., :width]
+        query, key = attention.query, attention.key  # of head 0 alone
+        q = F.linear(self.queries[layer], query.weight[:width], query.bias[:width])
+        k = F.linear(features.detach(), key.weight[:width])
         scores = (q @ k.transpose(1, 2)).float() * width**-0.5  # (B, n, frames)
         seconds = 0.02 * torch.arange(k.shape[1])
         near = (seconds - at[..., None]).abs() <= NEAR  # nowhere where `at` is NaN
@@ -538,16 +575,33 @@ class Trainee(nn.Module):
         cross_entropy = F.cross_entropy(
             logits.flatten(0, 1), lines.targets.flatten(), ignore_index=IGNORED
         )
-        alignment = 0.5 * (
-            self.looks_elsewhere(0, features, lines.given_at)
-            + self.looks_elsewhere(DIMS.n_text_layer - 1, features, lines.said_at)
-        )
-        return {"cross_entropy": cross_entropy, "alignment": alignment}
+        last = DIMS.n_text_layer - 1
+        alignment = self.looks_elsewhere(last, features, lines.said_at)
+        for layer in range(last):
+            alignment = alignment + self.looks_elsewhere(layer, features, lines.given_at)
+        return {"cross_entropy": cross_entropy, "alignment": alignment / DIMS.n_text_layer}
 
     def take_over(self, checkpoint: weights.Checkpoint, used: list[int]) -> None:
         """Start from an earlier `demo`: every tensor, and the rows of the tokens that it knew; of
-        the timestamps' what they share."""
+        the timestamps' what they share. If its decoder had fewer layers, its last one stays the
+        last, and those before it that are new add nothing at first."""
         tensors = {name: t.float() for name, t in checkpoint.tensors.items()}
+        blocks = self.whisper.decoder.blocks
+        was, last = f"decoder.blocks.{checkpoint.dims.n_text_layer - 1}.", len(blocks) - 1
+        tensors = {
+            f"decoder.blocks.{last}." + name.removeprefix(was) if name.startswith(was) else name: t
+            for name, t in tensors.items()
+        }
+        for layer in range(checkpoint.dims.n_text_layer - 1, last):
+            for part in (
+                blocks[layer].attn.out,
+                blocks[layer].cross_attn.out,
+                blocks[layer].mlp[2],
+            ):
+                nn.init.zeros_(part.weight)
+                nn.init.zeros_(part.bias)
+            added = blocks[layer].state_dict().items()
+            tensors |= {f"decoder.blocks.{layer}.{name}": t for name, t in added}
         table = tensors.pop("decoder.token_embedding.weight")
         missing, unexpected = self.whisper.load_state_dict(tensors, strict=False)
         if missing != ["decoder.token_embedding.weight"] or unexpected:
