@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weights.demo.speech", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     parser.add_argument("--train", type=int, default=24_000, help="utterances to train on")
-    parser.add_argument("--prose", type=int, default=5_000, help="longer ones, for the decoder")
+    parser.add_argument("--prose", type=int, default=6_500, help="longer ones, for the decoder")
     parser.add_argument("--held-out", type=int, default=500, help="utterances to evaluate on")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
