@@ -118,9 +118,10 @@ def test_no_two_words_sound_alike(voice):
     assert not [words for words in alike.values() if len(words) > 1]
 
 
-def test_no_training_sentence_is_one_of_the_lecture():
+def test_no_training_sentence_has_four_words_of_the_lecture():
     rng = random.Random(1)
-    assert not {text.sentence(rng) for _ in range(20_000)} & set(text.LECTURE)
+    lecture = set().union(*(runs_of(line.split(), 4) for line in text.LECTURE))
+    assert not lecture & set().union(*(runs_of(text.sentence(rng).split(), 4) for _ in range(9999)))
 
 
 def test_an_utterance_depends_on_its_index_alone():
@@ -290,7 +291,10 @@ def test_prose_names_its_things_again():
     said = [text.connected(rng) for _ in range(500)]
     assert max(map(len, said)) <= 20
     assert min(map(len, said)) >= 4
-    things = {*text.TECHNICAL, *text.NOUNS}
+    joining = (*text.ARTICLES, *text.LINKS, *text.AUXILIARIES, *text.QUALITIES, *text.ENDINGS)
+    fixed = {w for words in (*joining, *text.OPENINGS, *text.JOINTS) for w in words.split()}
+    things = {*text.TECHNICAL, *text.NOUNS} - fixed
+    assert max(len(set(words) & things) for words in said) == 3
     assert sum(len(set(w)) < len(w) for w in ([x for x in s if x in things] for s in said)) > 100
 
 
@@ -298,8 +302,8 @@ def runs_of(words: list[str], size: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + size]) for i in range(len(words) - size + 1)}
 
 
-def test_prose_is_of_the_vocabulary_and_tells_nothing_of_the_lecture():
-    """No five words of it in a row."""
+def test_prose_is_of_the_vocabulary_and_no_five_words_of_the_lecture():
+    """In a row; its small words, and runs of three and four of them, are those of any prose."""
     rng = random.Random(1)
     said = [text.prose(rng).split() for _ in range(5000)]
     assert {word for words in said for word in words} <= set(text.VOCABULARY)
@@ -365,9 +369,22 @@ def test_a_decoder_that_stutters_comes_back(corpus: Corpus, monkeypatch):
     batches = Batches(corpus, TOKENIZER, 1)
     window = Window(SOUND, [("the small red cat sees a dog", 0.1, 0.9)])
     given, said = tokens_of(window, TOKENIZER, True, TOKENIZER.encode(" some words before"))
+    begun = ids(given).index(TOKENIZER.sot)
     for seed in range(50):
         more, targets = batches.stuttered(given, said, random.Random(seed))
         assert len(more) == len(targets)
+        i = 0
+        while i < len(
+            targets
+        ):  # what is given again, without loss but at its end, was given before
+            count = 0
+            while targets[i + count].token == train.IGNORED and i > begun:
+                count += 1
+            if count:
+                assert count <= 9
+                assert more[i : i + count + 1] == more[i - count - 1 : i]
+                assert targets[i + count] == targets[i - 1]
+            i += count + 1
         pairs = zip(more, targets, strict=True)
         asked = [(g, t) for g, t in pairs if t.token != train.IGNORED]
         # Every pair is one of those without a stutter, in their order, some of them twice.
@@ -401,8 +418,57 @@ def test_the_decoder_alone_is_trained(corpus: Corpus, tmp_path: Path):
     assert decoder.main([*given[:2], "--run", str(tmp_path / "none"), "--out", str(out)]) == 1
 
 
+def test_previous_texts_loop_and_decoders_stutter_in_the_decoders_own_training(
+    corpus: Corpus, monkeypatch
+):
+    """And not in the training before it, which has neither."""
+    window = Window(SOUND, [("red cat sees a dog", 0.1, 0.9)], cut=0.95)  # so it has timestamps
+    batches = Batches(corpus, TOKENIZER, 1)
+
+    def widths(prompted: float | None) -> tuple[int, int]:
+        lines = batches.lines([window] * 40, random.Random(1), train.WINDOW, 0.0, prompted)
+        return lines.tokens.shape[1], int((lines.targets != train.IGNORED).sum())
+
+    monkeypatch.setattr(train, "STUTTER", 0.0)
+    monkeypatch.setattr(train, "LOOPS", 0.0)
+    calm, asked = widths(0.0)
+    assert widths(None)[1] == asked
+    monkeypatch.setattr(train, "STUTTER", 1.0)
+    assert widths(0.0)[0] > calm
+    assert widths(0.0)[1] > asked
+    assert widths(None)[1] == asked
+    seen = []
+    monkeypatch.setattr(train, "looped", lambda prompt, rng: seen.append(prompt) or prompt)
+    widths(1.0)
+    assert not seen
+    monkeypatch.setattr(train, "LOOPS", 1.0)
+    widths(1.0)
+    assert len(seen) == 40
+
+
+def test_the_last_layer_looks_at_the_next_word_and_those_before_at_the_given_one(
+    corpus: Corpus, monkeypatch
+):
+    batches, model, looked = Batches(corpus, TOKENIZER, 1), trainee().eval(), {}
+
+    def looks(layer: int, features: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        looked[layer] = at
+        return torch.zeros(())
+
+    monkeypatch.setattr(model, "looks_elsewhere", looks)
+    window = Window(SOUND, SENTENCES)
+    lines = batches.lines([window], random.Random(1), 1.0, 0.0)
+    with torch.no_grad():
+        model.decode(torch.randn(1, 50, 384), lines)
+    last = train.DIMS.n_text_layer - 1
+    assert sorted(looked) == list(range(last + 1))
+    assert looked[last] is lines.said_at
+    assert all(looked[layer] is lines.given_at for layer in range(last))
+
+
 def test_the_encoder_may_learn_along(corpus: Corpus, tmp_path: Path):
-    """From an exported file, whose losses and steps it goes on from; then again from its own."""
+    """From an exported file, whose steps are counted on; then again from its own checkpoint, even
+    when that file has become another one."""
     (tmp_path / "start").mkdir()
     torch.manual_seed(1)
     torch.save({"model": trainee().state_dict(), "step": 40}, tmp_path / "start" / "checkpoint.pt")
@@ -421,9 +487,10 @@ def test_the_encoder_may_learn_along(corpus: Corpus, tmp_path: Path):
     }  # fmt: skip
     assert any(name.startswith("encoder.") for name in moved)
     assert any(name.startswith("decoder.") for name in moved)
+    assert export.main(["--run", str(out), "--out", str(init)]) == 0
     assert decoder.main([*given, *rate, "--steps", "2"]) == 0
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 42
-    assert set(found) == {"optimizer", "encoder", "model", "step", "seed"}
+    assert set(found) == {"optimizer", "encoder", "model", "step", "origin", "seed"}
 
 
 def test_the_words_of_a_batch_are_those_heard_whole(corpus: Corpus):
@@ -558,11 +625,23 @@ def test_export_round_trip(tmp_path: Path, monkeypatch):
     )
 
 
+def test_more_layers_than_there_are_cannot_be_taken_over(demo_checkpoint):
+    dims = replace(demo_checkpoint.dims, n_text_layer=train.DIMS.n_text_layer + 1)
+    with pytest.raises(SystemExit, match=r"decoder layers, \d at most"):
+        trainee().take_over(replace(demo_checkpoint, dims=dims), used_tokens(TOKENIZER))
+
+
 def test_another_recipe_does_not_go_on_in_the_same_folder(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setattr(speech.shutil, "which", lambda program: program)
     given = ["--out", str(tmp_path), "--train", "0", "--prose", "0", "--held-out", "0"]
     assert speech.main(given) == 0
     assert speech.main(given) == 0
+    note = json.loads((tmp_path / "recipe.json").read_text())
+    assert set(note) == {"seed", "voices", "vocabulary", "held-out", "train", "prose"}
+    with monkeypatch.context() as other:  # the same words, joined otherwise
+        other.setattr(text, "OPENINGS", ["perhaps"])
+        assert speech.main(given) == 1
+    capsys.readouterr()
     again = [*given, "--seed", "2"]
     assert speech.main(again) == 1
     assert "another recipe" in capsys.readouterr().err

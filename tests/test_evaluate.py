@@ -51,7 +51,9 @@ def test_a_boundary_counts_within_0_3_s_and_in_its_kind():
     [
         (HEARD, []),
         ("the cat sees monday red nine under harvest so", ["a dog calls"]),
-        ("the cat sees monday a dock falls red nine under harvest so", []),  # misheard is not lost
+        ("the cat sees monday a dog falls red nine under harvest so", []),  # two of three words
+        ("the cat sees monday a dock falls red nine under harvest so", ["a dog calls"]),
+        ("the cat sees monday red red red red nine under harvest so", ["a dog calls"]),  # a loop
         ("the cat a dog calls red nine under harvest so", ["the cat sees Monday"]),
         ("", [s.text for s in TEXT]),
     ],

@@ -2,9 +2,9 @@
 
     python -m weights.demo.curves --losses build/demo/run/losses.jsonl --out weights/demo/curves.svg
 
-The losses of `weights.demo.train` over its steps, logarithmic: each row thin, a running mean bold.
-A step that a resumed run wrote again counts as it was written last; where the decoder did not learn
-there is CTC alone.
+The losses of `weights.demo.train`, and of `weights.demo.decoder` after it, over their steps,
+logarithmic: each row thin, a running mean bold. A step that a resumed run wrote again counts as it
+was written last; where the decoder did not learn there is CTC alone, and none where it alone did.
 """
 
 from __future__ import annotations

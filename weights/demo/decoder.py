@@ -1,6 +1,6 @@
 """Go on training the decoder of `demo`, on an encoder that no longer changes, or hardly.
 
-    python -m weights.demo.decoder --steps 3060
+    python -m weights.demo.decoder --steps 3660
     python -m weights.demo.decoder --init demo --steps 3000     # from an exported file
 
 A window of 30 s costs the encoder much and the decoder little: so the features of each window are
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     begin.add_argument("--run", type=Path, default=Path("build/demo/run"), help="of train")
     begin.add_argument("--init", help="an earlier demo.safetensors, or demo, instead")
     parser.add_argument("--out", type=Path, default=Path("build/demo/decoder"))
-    parser.add_argument("--steps", type=int, default=3060)
+    parser.add_argument("--steps", type=int, default=3660)
     parser.add_argument(
         "--encoder-rate", type=float, default=0.0, help="peak learning rate of the encoder (0)"
     )
@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> int:
         model.load_state_dict(state["model"])
         for name in optimizers.keys() & state.keys():
             optimizers[name].load_state_dict(state[name])
+        origin = state["origin"]  # a file given by --init may be another one by now
         first = state["step"] - origin
     elif earlier:  # its losses go on from those of the training before
         shutil.copyfile(earlier, args.out / "losses.jsonl")
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 state = {name: one.state_dict() for name, one in optimizers.items()}
                 state |= {"model": model.state_dict(), "step": origin + step + 1}
-                save_state(newest, {**state, "seed": args.seed})
+                save_state(newest, {**state, "origin": origin, "seed": args.seed})
     return 0
 
 

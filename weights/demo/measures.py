@@ -47,18 +47,18 @@ def boundaries(sentences: Sequence[Sentence], segments: Sequence[Sentence]) -> t
 
 
 def lost(sentences: Sequence[Sentence], heard: str) -> list[str]:
-    """Sentences of whose words at least half are deletions in the alignment of the whole text."""
+    """Sentences of whose words half at most are heard, in the alignment of the whole text."""
     words = [s.text.lower().split() for s in sentences]
-    deleted = np.zeros(sum(map(len, words)), bool)
+    hit = np.zeros(sum(map(len, words)), bool)
     (chunks,) = jiwer.process_words(text_of(sentences), heard).alignments
     for chunk in chunks:
-        if chunk.type == "delete":
-            deleted[chunk.ref_start_idx : chunk.ref_end_idx] = True
+        if chunk.type == "equal":
+            hit[chunk.ref_start_idx : chunk.ref_end_idx] = True
     firsts = np.cumsum([0, *map(len, words)])
     return [
         s.text
         for s, first, own in zip(sentences, firsts, words, strict=False)
-        if 2 * int(deleted[first : first + len(own)].sum()) >= len(own)
+        if 2 * int(hit[first : first + len(own)].sum()) <= len(own)
     ]
 
 

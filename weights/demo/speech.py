@@ -11,6 +11,7 @@ Refuses to run without both synthesizers (Debian packages `espeak-ng` and `flite
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -30,7 +31,12 @@ from weights.demo import text
 
 SAMPLE_RATE = 16_000  # Hz
 SHARD = 500  # utterances
-PROSE = "prose"  # a split of longer sentences, for the decoder alone
+PROSE = "prose"  # a split of longer sentences, for the decoder's own training
+SHORT_SHARES = (
+    ("held-out", 0.0),
+    ("train", 0.3),
+    (PROSE, 0.0),
+)  # of each split, one to three words
 VOICES = (
     "espeak-ng:en-us",
     "espeak-ng:en-us+f3",
@@ -67,6 +73,12 @@ def utterance(split: str, seed: int, index: int, short_share: float) -> Utteranc
     else:
         words = text.phrase(rng) if rng.random() < short_share else text.sentence(rng)
     return Utterance(words, rng.choice(VOICES), rng.uniform(0.8, 1.25), rng.randint(30, 70))
+
+
+def texts_sha256(split: str, seed: int, short_share: float) -> str:
+    """Of the first SHARD texts of a split."""
+    said = [utterance(split, seed, i, short_share).text for i in range(SHARD)]
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def resample(wav: bytes) -> np.ndarray:
@@ -138,20 +150,18 @@ def main(argv: list[str] | None = None) -> int:
                   file=sys.stderr)  # fmt: skip
             return 1
     args.out.mkdir(parents=True, exist_ok=True)
-    # Another seed or vocabulary would mix two corpora in one folder.
+    # Another seed, vocabulary or grammar would mix two corpora in one folder.
     recipe = {"seed": args.seed, "voices": list(VOICES), "vocabulary": list(text.VOCABULARY)}
+    recipe |= {split: texts_sha256(split, args.seed, share) for split, share in SHORT_SHARES}
     note = args.out / "recipe.json"
     if note.exists() and json.loads(note.read_text()) != recipe:
         print(f"speech: {args.out} holds a corpus of another recipe; give another --out",
               file=sys.stderr)  # fmt: skip
         return 1
     note.write_text(json.dumps(recipe))
-    splits = (
-        ("held-out", args.held_out, 0.0),
-        ("train", args.train, 0.3),
-        (PROSE, args.prose, 0.0),
-    )
-    for split, count, short_share in splits:
+    counts = {"held-out": args.held_out, "train": args.train, PROSE: args.prose}
+    for split, short_share in SHORT_SHARES:
+        count = counts[split]
         for first in range(0, count, SHARD):
             path = args.out / f"{split}-{first // SHARD:03d}"
             if path.with_suffix(".json").exists():

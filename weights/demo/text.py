@@ -183,6 +183,7 @@ ENDINGS = [
 ]  # fmt: skip
 OPENINGS = [
     "so", "then", "now", "first", "after that", "because of this", "at the end", "if", "when",
+    "there",
 ]  # fmt: skip
 JOINTS = [
     "and",

@@ -420,8 +420,8 @@ class Batches:
 
         misheard : the share of wrong words among those that it is given
         prompted : the share of batches after previous texts of up to 60 sentences, of which the
-            last 223 tokens count, wrong in places and with runs of words that come again and again,
-            as a decoder leaves them that lost its way; None: fewer, shorter and right ones
+            last 223 tokens count, wrong in places and with tokens that come again and again, as a
+            decoder leaves them that lost its way; None: fewer, shorter and right ones
         """
         tokens: list[Tensor] = []
         targets: list[Tensor] = []
@@ -451,6 +451,8 @@ class Batches:
             targets.append(torch.tensor([self.row[t.token] for t in said]))
             for times, sequence in ((given_at, given), (said_at, said)):
                 times.append(torch.tensor([math.nan if t.at is None else t.at for t in sequence]))
+        longest = max(map(len, tokens))
+        assert longest <= DIMS.n_text_ctx, f"a line of {longest} tokens"
         pad = nn.utils.rnn.pad_sequence
         return Lines(
             pad(tokens, batch_first=True, padding_value=0),
@@ -587,6 +589,11 @@ class Trainee(nn.Module):
         last, and those before it that are new add nothing at first."""
         tensors = {name: t.float() for name, t in checkpoint.tensors.items()}
         blocks = self.whisper.decoder.blocks
+        if checkpoint.dims.n_text_layer > len(blocks):
+            raise SystemExit(
+                f"train: {checkpoint.source.name} has {checkpoint.dims.n_text_layer} decoder "
+                f"layers, {len(blocks)} at most are expected"
+            )
         was, last = f"decoder.blocks.{checkpoint.dims.n_text_layer - 1}.", len(blocks) - 1
         tensors = {
             f"decoder.blocks.{last}." + name.removeprefix(was) if name.startswith(was) else name: t
