@@ -5,6 +5,7 @@ numbers    the encoder's output alone against stock, on a file, silence and nois
 calibrate  the clean errors from which the limits of `parity` were set
 faults     what each mistake of other ports costs, and whether parity sees and names it
 benchmark  all variants and other engines on the same weights, timed in one interleaved run
+kernels    where the encoder's time goes, kernel by kernel, MAX beside PyTorch
 demo       the variants on one recording, one after another, in the terminal
 """
 
@@ -19,6 +20,7 @@ COMMANDS = {
     "calibrate": "validation.calibrate",
     "faults": "validation.bench",
     "benchmark": "validation.benchmark",
+    "kernels": "validation.kernels",
     "demo": "validation.demo",
 }
 

@@ -62,6 +62,7 @@ NOT_CODE = (
     "command.py",
     "decoder_*.py",
     "demo.py",
+    "kernels.py",
     "numbers.py",
     "page.py",
     "peers/*.py",
