@@ -374,9 +374,7 @@ def test_a_decoder_that_stutters_comes_back(corpus: Corpus, monkeypatch):
         more, targets = batches.stuttered(given, said, random.Random(seed))
         assert len(more) == len(targets)
         i = 0
-        while i < len(
-            targets
-        ):  # what is given again, without loss but at its end, was given before
+        while i < len(targets):  # what is given again was given before
             count = 0
             while targets[i + count].token == train.IGNORED and i > begun:
                 count += 1

@@ -61,13 +61,13 @@ def learning_rate(step: int, steps: int, peak: float = PEAK_LR) -> float:
 
 
 class Windows:
-    """FRESH windows a step, by corpus, seed and step alone, and some of those before.
+    """FRESH windows a step, by corpus and random stream alone, and some of those before.
 
     learning : whether the encoder learns from the new ones
     """
 
-    def __init__(self, model: Trainee, corpus: Corpus, seed: int, learning: bool = False):
-        self.model, self.corpus, self.seed, self.learning = model, corpus, seed, learning
+    def __init__(self, model: Trainee, corpus: Corpus, learning: bool):
+        self.model, self.corpus, self.learning = model, corpus, learning
         self.pool: deque[Heard] = deque(maxlen=POOL_OF_LEARNING if learning else POOL)
 
     def __call__(self, rng: random.Random) -> tuple[Tensor, list[Window]]:
@@ -78,12 +78,10 @@ class Windows:
             features = self.model.whisper.encoder(mel)
         old = rng.sample(list(self.pool), min(len(self.pool), BATCH - FRESH))
         nothing = np.empty(0, np.float32)
-        new = [replace(window, samples=nothing) for window in fresh]
-        self.pool.extend(zip(features.detach().half(), new, strict=True))
-        return torch.cat([features, *(x[None].float() for x, _ in old)]), [
-            *new,
-            *(w for _, w in old),
-        ]
+        heard = [replace(window, samples=nothing) for window in fresh]
+        self.pool.extend(zip(features.detach().half(), heard, strict=True))
+        heard += [window for _, window in old]
+        return torch.cat([features, *(x[None].float() for x, _ in old)]), heard
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         first = state["step"] - origin
     elif earlier:  # its losses go on from those of the training before
         shutil.copyfile(earlier, args.out / "losses.jsonl")
-    windows = Windows(model, corpus, args.seed, encoder_learns)
+    windows = Windows(model, corpus, encoder_learns)
     began = time.monotonic()
     losses: list[dict[str, float]] = []
     with open(args.out / "losses.jsonl", "a") as log:
