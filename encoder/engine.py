@@ -146,8 +146,8 @@ def engine_errors(what: str) -> Iterator[None]:
 
 
 def select_device(name: str) -> Device:
-    """`cpu`, `gpu` (an error without one), or `auto`, which is the CPU: the graph has not run on an
-    accelerator yet, so nobody gets one without asking for it."""
+    """`cpu`, `gpu` (an error without one), or `auto`, which is the CPU: on a GPU float32 is TF32,
+    hundreds of times less exact (docs/gpu.md), so nobody gets one without asking for it."""
     if name not in DEVICES:
         raise EngineError(f"device is {name!r}, expected one of {', '.join(DEVICES)}")
     if name != "gpu":

@@ -38,9 +38,9 @@ def no_tap(name: str, x: TensorValue) -> TensorValue:
 
 
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> TensorValue:
-    """`torch.nn.Linear`: x (..., in), weight (out, in), bias (out,) or none -> (..., out)."""
-    y = x @ ops.transpose(weight, 0, 1)
-    return y if bias is None else y + bias
+    """`Linear`: x (..., in), weight (out, in), bias (out,) or none -> (..., out), in x's dtype."""
+    y = x @ ops.transpose(ops.cast(weight, x.dtype), 0, 1)
+    return y if bias is None else y + ops.cast(bias, x.dtype)
 
 
 def conv1d(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) -> TensorValue:
@@ -56,23 +56,27 @@ def conv1d(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) 
     views = [padded[:, tap : tap + int(frames) : stride, :] for tap in range(kernel)]
     columns = ops.concat(views, axis=2)  # (B, frames / stride, 3 * in)
     matrix = ops.reshape(ops.permute(weight, [2, 1, 0]), [kernel * n_in, n_out])
-    return columns @ matrix + bias
+    return columns @ ops.cast(matrix, x.dtype) + ops.cast(bias, x.dtype)
 
 
 def layer_norm(x: TensorValue, weight: WeightSource, name: str) -> TensorValue:
-    """`torch.nn.LayerNorm` over the last axis: x (..., n_state) -> (..., n_state)."""
+    """`LayerNorm` over the last axis, in float32: x (..., n_state) -> (..., n_state)."""
     gamma, beta = weight(f"{name}.weight"), weight(f"{name}.bias")
-    return ops.layer_norm(x, gamma, beta, epsilon=LAYER_NORM_EPSILON)
+    y = ops.layer_norm(ops.cast(x, DType.float32), gamma, beta, epsilon=LAYER_NORM_EPSILON)
+    return ops.cast(y, x.dtype)
 
 
-def stem(mel: TensorValue, weight: WeightSource, tap: Tap = no_tap) -> TensorValue:
+def stem(
+    mel: TensorValue, weight: WeightSource, tap: Tap = no_tap, dtype: DType = DType.float32
+) -> TensorValue:
     """mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state), positions added."""
-    x = ops.permute(tap("mel", mel), [0, 2, 1])  # (B, 80, 3000) -> (B, 3000, 80)
+    x = ops.permute(ops.cast(tap("mel", mel), dtype), [0, 2, 1])  # (B, 80, 3000) -> (B, 3000, 80)
     x = tap("conv1", conv1d(x, weight("conv1.weight"), weight("conv1.bias"), stride=1))
     x = tap("conv1.gelu", ops.gelu(x, approximate="none"))  # (B, 3000, 384)
     x = tap("conv2", conv1d(x, weight("conv2.weight"), weight("conv2.bias"), stride=2))
     x = tap("conv2.gelu", ops.gelu(x, approximate="none"))  # (B, 1500, 384)
-    return tap("positional_embedding", x + weight("positional_embedding"))
+    x = ops.cast(x, DType.float32) + weight("positional_embedding")
+    return tap("positional_embedding", ops.cast(x, dtype))
 
 
 def qkv_attention(
@@ -92,10 +96,11 @@ def qkv_attention(
         return ops.permute(split, [0, 2, 1, 3])
 
     scale = n_head_state**-0.5  # 1/sqrt(64); OpenAI gives 64**-0.25 to q and to k
-    scores = (heads(q) @ ops.transpose(heads(k), 2, 3)) * scale  # (B, 6, T, n)
+    qk = ops.cast(heads(q) @ ops.transpose(heads(k), 2, 3), DType.float32)
+    scores = qk * scale  # (B, 6, T, n)
     if mask is not None:
         scores = scores + mask
-    wv = ops.softmax(scores) @ heads(v)  # (B, 6, T, 64)
+    wv = ops.cast(ops.softmax(scores), q.dtype) @ heads(v)  # (B, 6, T, 64)
     return ops.reshape(ops.permute(wv, [0, 2, 1, 3]), [batch, n_ctx, n_state])
 
 
@@ -147,10 +152,14 @@ def block(
 
 
 def encoder(
-    mel: TensorValue, weight: WeightSource, dims: ModelDimensions, tap: Tap = no_tap
+    mel: TensorValue,
+    weight: WeightSource,
+    dims: ModelDimensions,
+    tap: Tap = no_tap,
+    dtype: DType = DType.float32,
 ) -> TensorValue:
     """`AudioEncoder`: mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state)."""
-    x = stem(mel, weight, tap)
+    x = stem(mel, weight, tap, dtype)
     for layer in range(dims.n_audio_layer):
         x = block(x, weight, f"blocks.{layer}", dims.n_audio_head, tap)
     return tap("ln_post", layer_norm(x, weight, "ln_post"))
@@ -162,15 +171,23 @@ def encoder_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix("encoder."): shape for name, shape in shapes.items()}
 
 
-def external_weights(shapes: Mapping[str, tuple[int, ...]], device: DeviceRef) -> WeightSource:
-    """Float32 external constants, bound by name when the compiled model is initialised.
+def kept_as(name: str, shape: tuple[int, ...], dtype: DType) -> DType:
+    """The dtype in which a tensor is bound: the factors of products in that of the network, biases,
+    norms and positions in float32, to be cast where they are used."""
+    return DType.float32 if len(shape) == 1 or name == "positional_embedding" else dtype
+
+
+def external_weights(
+    shapes: Mapping[str, tuple[int, ...]], device: DeviceRef, dtype: DType = DType.float32
+) -> WeightSource:
+    """External constants, bound by name when the compiled model is initialised, `kept_as` says how.
 
     They are declared on the host, where the checkpoint is, and moved to `device` once.
     """
 
     @cache  # a tensor may be used twice
     def weight(name: str) -> TensorValue:
-        host = TensorType(DType.float32, shapes[name], DeviceRef.CPU())
+        host = TensorType(kept_as(name, shapes[name], dtype), shapes[name], DeviceRef.CPU())
         value = ops.constant_external(name, host)
         return value if device.is_cpu() else value.to(device)
 
@@ -182,24 +199,29 @@ def mel_type(dims: ModelDimensions, device: DeviceRef) -> TensorType:
     return TensorType(DType.float32, ["batch", dims.n_mels, 2 * dims.n_audio_ctx], device)
 
 
-def build(dims: ModelDimensions, device: DeviceRef) -> Graph:
-    """The production graph: one input, mel, with any batch size; one output, the features."""
+def build(dims: ModelDimensions, device: DeviceRef, dtype: DType = DType.float32) -> Graph:
+    """The production graph: one input, mel, with any batch size; one output, the features.
+
+    Both are float32; between them the network computes in `dtype`.
+    """
+    weight = external_weights(encoder_shapes(dims), device, dtype)
     with Graph("whisper_audio_encoder", input_types=[mel_type(dims, device)]) as graph:
-        (mel,) = graph.inputs
-        graph.output(encoder(mel.tensor, external_weights(encoder_shapes(dims), device), dims))
+        features = encoder(graph.inputs[0].tensor, weight, dims, dtype=dtype)
+        graph.output(ops.cast(features, DType.float32))
     return graph
 
 
-def build_tapped(dims: ModelDimensions, device: DeviceRef) -> Graph:
-    """The production graph with one output for each tap, in the order of `tap_names`."""
+def build_tapped(dims: ModelDimensions, device: DeviceRef, dtype: DType = DType.float32) -> Graph:
+    """The production graph with one output for each tap, float32, in the order of `tap_names`."""
+    weight = external_weights(encoder_shapes(dims), device, dtype)
     taps: list[TensorValue] = []
 
     def tap(name: str, x: TensorValue) -> TensorValue:
-        taps.append(x)
+        taps.append(ops.cast(x, DType.float32))
         return x
 
     with Graph("whisper_audio_encoder_taps", input_types=[mel_type(dims, device)]) as graph:
-        encoder(graph.inputs[0].tensor, external_weights(encoder_shapes(dims), device), dims, tap)
+        encoder(graph.inputs[0].tensor, weight, dims, tap, dtype)
         graph.output(*taps)
     return graph
 

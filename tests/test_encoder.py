@@ -13,8 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SAMPLES, first_window, sample_rows
+from max.dtype import DType
+from max.graph import DeviceRef, Graph
 
 import encoder.engine
+import encoder.graph
 from encoder.engine import Engine, EngineError
 from validation.metrics import max_abs, relative_l2
 from validation.numbers import compare, noise_mel, random_mel, silence_mel
@@ -200,6 +203,31 @@ def test_unknown_device(demo_checkpoint):
 def test_gpu_without_one_is_an_error(demo_checkpoint):
     with pytest.raises(EngineError, match="MAX sees none"):
         Engine(demo_checkpoint, "gpu")
+
+
+@pytest.mark.parametrize("dtype", [DType.float16, DType.bfloat16], ids=str)
+def test_another_dtype_is_between_float32_and_float32(demo_checkpoint, dtype):
+    """mel, features, norms, softmax and positions are float32, and all products in `dtype`."""
+    found: dict[str, DType] = {}
+
+    def tap(name, x):
+        found[name] = x.dtype
+        return x
+
+    dims, cpu = demo_checkpoint.dims, DeviceRef.CPU()
+    weight = encoder.graph.external_weights(encoder.graph.encoder_shapes(dims), cpu, dtype)
+    with Graph("dtypes", input_types=[encoder.graph.mel_type(dims, cpu)]) as graph:
+        encoder.graph.encoder(graph.inputs[0].tensor, weight, dims, tap, dtype)
+        kept = {name: weight(name).dtype for name in encoder.graph.encoder_shapes(dims)}
+    assert found.pop("mel") == DType.float32
+    assert set(found.values()) == {dtype}
+    assert {name for name, of in kept.items() if of == dtype} == {
+        name
+        for name, tensor in demo_checkpoint.encoder_tensors().items()
+        if tensor.ndim > 1 and name != "positional_embedding"
+    }
+    (features,) = encoder.graph.build(dims, cpu, dtype).output_types
+    assert features.dtype == DType.float32
 
 
 def test_one_artifact_serves_every_checkpoint_of_the_same_encoder(demo_checkpoint):
