@@ -1041,3 +1041,35 @@ def test_names_do_not_cover_each_other():
 def test_another_metric_is_refused():
     with pytest.raises(ValueError, match="metric is 'psnr', of relative_l2, kl, sqnr"):
         svg_scatter(found([row()]), "psnr")
+
+
+def test_the_best_limit_without_one_recording():
+    """`b` alone makes the fault of 0.1 harmful: without it the limit is the next one."""
+    rows = [
+        row(fault, recording, relative, **other_text(errors))
+        for fault, relative, a, b in (("E01", 0.01, 0, 1), ("E03", 0.1, 0, 90), ("E04", 1, 90, 90))
+        for recording, errors in (("a", a), ("b", b))
+    ]
+    best = found(rows)["thresholds"]["mistakes"]["relative_l2"]
+    assert best["limit"] == 0.01
+    assert best["without_one"] == {"low": 0.01, "high": 0.1}
+    only_one = [one for one in rows if one["recording"] == "a"]
+    best = found(only_one)["thresholds"]["mistakes"]["relative_l2"]
+    assert best["without_one"] == {"low": None, "high": None}
+
+
+def test_a_loop_counts_as_a_lost_text_where_wer_is_capped():
+    """The longest loop has not the largest error: the pooled WER ranks it first, the capped does
+    not."""
+    rows = []
+    for fault, relative, a, b in (
+        ("E01", 0.01, 0, 1),
+        ("E03", 0.1, 900, 0),
+        ("E04", 0.5, 100, 50),
+        ("E05", 1, 100, 100),
+    ):
+        rows += [row(fault, "a", relative, **other_text(a))]
+        rows += [row(fault, "b", relative, **other_text(b))]
+    of = found(rows)["correlations"]
+    assert of["capped"]["relative_l2"]["rho"] == pytest.approx(1)
+    assert of["mistakes"]["relative_l2"]["rho"] == pytest.approx(0.4)

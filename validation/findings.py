@@ -74,7 +74,7 @@ def findings(rows: list[Row], about: dict[str, Any]) -> Found:
                 for fault, own in acting.items()
                 if not in_encoder(own[0]) and classes[fault] in HARMFUL
             ],
-            "thresholds": thresholds(acting, classes, seed),
+            "thresholds": thresholds(acting, classes, seed, without_each(trials)),
             "rows": rows,
         }
     )
@@ -95,6 +95,20 @@ def by_fault(rows: Iterable[Row]) -> Trials:
             raise ValueError(f"{row['fault']} has two rows for the recording {row['recording']}")
         own.append(row)
     return dict(trials)
+
+
+def without_each(trials: Trials) -> list[tuple[Trials, dict[str, str | None]]]:
+    """The trials of the encoder's faults that change something, and the faults' classes, without
+    one recording: for each recording."""
+    own = {fault: rows for fault, rows in trials.items() if in_encoder(rows[0])}
+    names = sorted({row["recording"] for rows in own.values() for row in rows})
+    found = []
+    for name in names if len(names) > 1 else ():
+        rest = {f: [row for row in rows if row["recording"] != name] for f, rows in own.items()}
+        acting = {fault: some for fault, rows in rest.items() if (some := injected(rows))}
+        classes = {fault: summary(fault, rows)["class"] for fault, rows in acting.items()}
+        found.append((acting, classes))
+    return found
 
 
 def heard(rows: Iterable[Row]) -> list[dict[str, Any]]:

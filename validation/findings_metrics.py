@@ -62,12 +62,27 @@ class Point(NamedTuple):
     values: dict[str, float | None]  # the metrics
 
 
-def of_faults(faults: Sequence[Found], trials: Trials) -> list[Point]:
-    """A point for each fault of one strength: the medians of its recordings, its pooled WER."""
+def pooled_wer(fault: Found, rows: Sequence[Row]) -> float:
+    return float(fault["wer"]["wer"])
+
+
+def capped_wer(fault: Found, rows: Sequence[Row]) -> float:
+    """The mean over the recordings, none of which counts for more than 1: a text that loops is as
+    lost as one that is not there, however long the loop."""
+    known = [row["wer"]["wer"] for row in rows if row["wer"] and row["wer"]["wer"] is not None]
+    return sum(min(1.0, value) for value in known) / len(known)
+
+
+def of_faults(
+    faults: Sequence[Found],
+    trials: Trials,
+    wer: Callable[[Found, Sequence[Row]], float] = pooled_wer,
+) -> list[Point]:
+    """A point for each fault of one strength: the medians of its recordings, and one WER."""
     return [
         Point(
             fault["id"],
-            fault["wer"]["wer"],
+            wer(fault, trials[fault["fault"]]),
             {name: middle(map(m.of, trials[fault["fault"]])) for name, m in METRICS.items()},
         )
         for fault in faults
@@ -86,14 +101,16 @@ def of_rows(rows: Sequence[Row]) -> list[Point]:
 def correlations(trials: Trials, faults: Sequence[Found], seed: int) -> Found:
     """Spearman of each metric with WER against the unfaulted transcript.
 
-    mistakes, encoder: a point for each fault and strength, a vote for each id; rows: the mistakes,
-    a point for each recording, a vote for each id; all: a point and a vote for each fault and
-    strength.
+    mistakes, encoder: a point for each fault and strength, a vote for each id; capped: the mistakes
+    with `capped_wer`; rows: the mistakes, a point for each recording, a vote for each id; all: a
+    point and a vote for each fault and strength.
     """
     scoped = {
         scope: of_faults([fault for fault in faults if SCOPES[scope](fault)], trials)
         for scope in ("mistakes", "encoder")
     }
+    mistakes = [fault for fault in faults if SCOPES["mistakes"](fault)]
+    scoped["capped"] = of_faults(mistakes, trials, capped_wer)
     scoped["rows"] = of_rows(
         [row for rows in trials.values() for row in rows if SCOPES["mistakes"](row)]
     )
@@ -209,13 +226,74 @@ def gates(trials: Trials, classes: Classes) -> list[Found]:
 # Limits
 
 
-def thresholds(trials: Trials, classes: Classes, seed: int) -> Found:
-    """`threshold` of each metric, over mistakes and over all."""
-    found = {}
+def thresholds(
+    trials: Trials, classes: Classes, seed: int, without: Sequence[tuple[Trials, Classes]] = ()
+) -> Found:
+    """`threshold` of each metric, over mistakes and over all.
+
+    without : trials and classes where one recording is left out, for each of them; `without_one` is
+        the smallest and the largest limit of those
+    """
+    found: Found = {}
     for scope in JUDGED:
         own, by_id = of_scope(scope, trials), scope != "all"
-        found[scope] = {name: threshold(name, own, classes, seed, by_id) for name in METRICS}
+        found[scope] = {}
+        for name in METRICS:
+            found[scope][name] = one = threshold(name, own, classes, seed, by_id)
+            limits = [
+                limit
+                for rest, theirs in without
+                if (limit := best_limit(name, of_scope(scope, rest), theirs, by_id)) is not None
+            ]
+            one["without_one"] = {
+                "low": min(limits, default=None),
+                "high": max(limits, default=None),
+            }
     return found
+
+
+def judged(
+    name: str, trials: Trials, classes: Classes, by_id: bool
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Of the faults that have the metric and a class: ids, values (more is worse), whether they are
+    harmful, and votes."""
+    metric = METRICS[name]
+    known = [
+        (rows[0]["id"], metric.worse * value, classes[fault] in HARMFUL)
+        for fault, rows in trials.items()
+        if (value := middle(map(metric.of, rows))) is not None and classes[fault] is not None
+    ]
+    ids = [fault_id for fault_id, *_ in known]
+    values = np.array([value for _, value, _ in known], float)
+    bad = np.array([harmful for *_, harmful in known], bool)
+    return ids, values, bad, votes(ids) if by_id else np.ones(len(known))
+
+
+class Best(NamedTuple):
+    """The limits (ascending), which of them is best, and the shares on its right sides."""
+
+    limits: np.ndarray
+    at: int
+    stops: float
+    passes: float
+
+
+def best_of(values: np.ndarray, bad: np.ndarray, once: np.ndarray) -> Best:
+    limits = np.unique(values)
+    stopped = values > limits[:, None]
+    sensitivity = np.average(stopped[:, bad], axis=-1, weights=once[bad])
+    specificity = np.average(~stopped[:, ~bad], axis=-1, weights=once[~bad])
+    at = int((sensitivity + specificity).round(9).argmax())  # equal but for rounding is equal
+    return Best(limits, at, float(sensitivity[at]), float(specificity[at]))
+
+
+def best_limit(name: str, trials: Trials, classes: Classes, by_id: bool) -> float | None:
+    """The limit that `threshold` gives, alone."""
+    _, values, bad, once = judged(name, trials, classes, by_id)
+    if not bad.any() or bad.all():
+        return None
+    best = best_of(values, bad, once)
+    return float(best.limits[best.at]) * METRICS[name].worse
 
 
 def threshold(name: str, trials: Trials, classes: Classes, seed: int, by_id: bool = True) -> Found:
@@ -227,36 +305,24 @@ def threshold(name: str, trials: Trials, classes: Classes, seed: int, by_id: boo
     fault and strength.
     """
     metric = METRICS[name]
-    known = [
-        (rows[0]["id"], metric.worse * value, classes[fault] in HARMFUL)
-        for fault, rows in trials.items()
-        if (value := middle(map(metric.of, rows))) is not None and classes[fault] is not None
-    ]
-    ids = [fault_id for fault_id, *_ in known]
-    values = np.array([value for _, value, _ in known], float)
-    bad = np.array([harmful for *_, harmful in known], bool)
+    ids, values, bad, once = judged(name, trials, classes, by_id)
     found: Found = dict.fromkeys(
         ("limit", "next", "youden", "stops", "passes", "auc", "low", "high")
     )
-    found |= {"at_most": metric.worse > 0, "n": len(known), "ids": len(set(ids))}
+    found |= {"at_most": metric.worse > 0, "n": len(ids), "ids": len(set(ids))}
     found["harmful"] = int(bad.sum())
     if not bad.any() or bad.all():
         return found
-    once = votes(ids) if by_id else np.ones(len(known))
-    limits = np.unique(values)
-    stopped = values > limits[:, None]
-    sensitivity = np.average(stopped[:, bad], axis=-1, weights=once[bad])
-    specificity = np.average(~stopped[:, ~bad], axis=-1, weights=once[~bad])
-    best = int((sensitivity + specificity).round(9).argmax())  # equal but for rounding is equal
-    after = float(limits[best + 1]) * metric.worse if best + 1 < len(limits) else None
+    limits, at, stops, passes = best_of(values, bad, once)
+    after = float(limits[at + 1]) * metric.worse if at + 1 < len(limits) else None
     enough = found["ids"] >= FEWEST_IDS
     spread = [auc(values, bad, once * drawn) for drawn in samples(ids, seed)] if enough else []
     return found | {
-        "limit": float(limits[best]) * metric.worse,
+        "limit": float(limits[at]) * metric.worse,
         "next": after,
-        "youden": float(sensitivity[best] + specificity[best] - 1),
-        "stops": float(sensitivity[best]),
-        "passes": float(specificity[best]),
+        "youden": stops + passes - 1,
+        "stops": stops,
+        "passes": passes,
         "auc": defined(auc(values, bad, once)),
         **interval(spread),
     }

@@ -269,6 +269,7 @@ def sweeps_table(found: Found) -> str:
 CORRELATED = {
     "mistakes": "Over mistakes",
     "encoder": "Over mistakes in the encoder",
+    "capped": "Over mistakes, the mean WER of the recordings, none above 100 %",
     "rows": "Over mistakes, recording by recording",
     "all": "Over all, the yardsticks too",
 }
@@ -345,7 +346,8 @@ def thresholds_table(found: Found) -> str:
     said = (
         "For each metric the limit that best tells damaging and ruinous faults of the encoder from "
         "benign ones and those of wording: the largest Youden's J, chosen on these same faults; "
-        "next: the first value that does not pass. AUC, with its interval, needs no limit. Faults "
+        "next: the first value that does not pass; without one: the smallest and the largest best "
+        "limit where one recording is left out. AUC, with its interval, needs no limit. Faults "
         "without the metric are left out."
     )
     parts = [f"## The best limit on each metric\n\n{said}\n"]
@@ -362,6 +364,9 @@ def thresholds_table(found: Found) -> str:
                     "metric": METRICS[name].label,
                     "passes": limit if limit == "-" else cell(f"{sign} {limit}"),
                     "next": limit_said(name, best["next"]),
+                    "without one": " to ".join(
+                        limit_said(name, best["without_one"][end]) for end in ("low", "high")
+                    ),
                     "J": spread(best["youden"], None, None),
                     "harmful stopped": percent(best["stops"]),
                     "others passed": percent(best["passes"]),
