@@ -207,7 +207,8 @@ def test_gpu_without_one_is_an_error(demo_checkpoint):
 
 @pytest.mark.parametrize("dtype", [DType.float16, DType.bfloat16], ids=str)
 def test_another_dtype_is_between_float32_and_float32(demo_checkpoint, dtype):
-    """mel, features, norms, softmax and positions are float32, and all products in `dtype`."""
+    """mel and features are float32, every tap between is of `dtype`, and so are the tensors that
+    products read, as they are bound; biases, norms and positions are bound in float32."""
     found: dict[str, DType] = {}
 
     def tap(name, x):
