@@ -15,6 +15,7 @@ from torch import Tensor
 from whisper.model import ModelDimensions
 
 import encoder.graph
+from encoder import kernels
 from encoder.engine import KINDS, Bound, Kind, check_input, float32_weights
 from encoder.graph import attention, encoder_shapes
 
@@ -31,7 +32,8 @@ def build(dims: ModelDimensions, device: DeviceRef) -> Graph:
     shapes = attention_shapes(dims)
     types = [TensorType(DType.float32, ["batch", dims.n_audio_ctx, dims.n_audio_state], device)]
     types += [TensorType(DType.float32, shape, device) for shape in shapes.values()]
-    with Graph("whisper_audio_attention", input_types=types) as graph:
+    library = kernels.library(device)
+    with Graph("whisper_audio_attention", input_types=types, kernel_library=library) as graph:
         x, *tensors = (value.tensor for value in graph.inputs)
         weight = dict(zip((f"attn.{name}" for name in shapes), tensors, strict=True))
         graph.output(attention(x, weight.__getitem__, "attn", dims.n_audio_head))
@@ -41,7 +43,7 @@ def build(dims: ModelDimensions, device: DeviceRef) -> Graph:
 KINDS["attention"] = Kind(
     build,
     "the encoder's attention",
-    (encoder.graph.__file__, __file__),
+    (*encoder.graph.SOURCES, __file__),
     ("n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer"),
 )
 

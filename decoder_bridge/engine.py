@@ -27,7 +27,7 @@ from decoder_bridge.graph import (
 from encoder.engine import KINDS, Bound, EngineError, Kind, check_input, float32_weights, in_place
 from weights import Checkpoint
 
-SOURCES = (encoder.graph.__file__, decoder_bridge.graph.__file__)
+SOURCES = (*encoder.graph.SOURCES, decoder_bridge.graph.__file__)
 SIZES = ("n_vocab", "n_audio_ctx", "n_text_ctx", "n_text_state", "n_text_head", "n_text_layer")
 KINDS |= {
     "decoder": Kind(decoder_bridge.graph.build, "the decoder", SOURCES, SIZES),

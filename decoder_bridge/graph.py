@@ -38,6 +38,7 @@ from max.graph import (
 )
 from whisper.model import ModelDimensions
 
+from encoder import kernels
 from encoder.graph import (
     Linear,
     Memory,
@@ -210,7 +211,8 @@ def add_keys_values(module: Module, dims: ModelDimensions, device: DeviceRef) ->
     """Add the graph that is run once for a window: features (A, 1500, 384) -> for each block the
     keys, then the values, of its cross attention."""
     features = TensorType(DType.float32, ["audio", dims.n_audio_ctx, dims.n_text_state], device)
-    with Graph(KEYS_VALUES, input_types=[features], module=module) as graph:
+    library = kernels.library(device)
+    with Graph(KEYS_VALUES, input_types=[features], module=module, kernel_library=library) as graph:
         weight = external_weights(decoder_shapes(dims), device)
         found = cross_keys_values(graph.inputs[0].tensor, weight, dims)
         graph.output(*(x for pair in found for x in pair))

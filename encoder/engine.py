@@ -28,6 +28,7 @@ from torch import Tensor
 from whisper.model import ModelDimensions
 
 import encoder.graph
+from encoder import kernels
 from encoder.graph import encoder_shapes, tap_shapes
 from weights import Checkpoint
 
@@ -51,7 +52,7 @@ class Kind:
 
     build: Callable[[ModelDimensions, DeviceRef], Graph | Module]
     what: str
-    sources: tuple[str, ...] = (encoder.graph.__file__,)
+    sources: tuple[str, ...] = encoder.graph.SOURCES
     sizes: tuple[str, ...] = (
         "n_mels",
         "n_audio_ctx",
@@ -192,7 +193,8 @@ def compile_encoder(dims: ModelDimensions, device: Device, kind: str) -> Compile
     )
     with progress(reason, "compiling"), engine_errors(f"compile {what}"):
         graph = KINDS[kind].build(dims, DeviceRef.CPU() if device.is_host else DeviceRef.GPU())
-        return InferenceSession(devices=[device]).compile(graph)
+        own = [kernels.compiled()] if device.is_host else []
+        return InferenceSession(devices=[device]).compile(graph, custom_extensions=own)
 
 
 @contextmanager

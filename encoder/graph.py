@@ -10,6 +10,10 @@ Every user of the network calls these functions: the production graph, the graph
 graph of single stages. Two arguments make that possible:
     weight(name) -> TensorValue    where a tensor comes from: an external constant, a graph input
     tap(name, x) -> TensorValue    looks at `x` and returns what the network goes on with
+
+Products and attention are written here with MAX's operations, which run on any device in any dtype.
+A graph that is built with `kernels.library` has this project's own in their place, written in Mojo,
+for the CPU in float32: the same function, another order of the sums.
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ from max.dtype import DType
 from max.graph import DeviceRef, Graph, TensorType, TensorValue, ops
 from whisper.model import ModelDimensions
 
+from encoder import kernels
 from weights import expected_shapes
 
+SOURCES = (__file__, *kernels.SOURCES)  # the files whose text decides what the graphs compute
 LAYER_NORM_EPSILON = 1e-5  # the default of torch.nn.LayerNorm, which Whisper uses
 
 WeightSource = Callable[[str], TensorValue]
@@ -39,18 +45,24 @@ def no_tap(name: str, x: TensorValue) -> TensorValue:
 
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> TensorValue:
     """`Linear`: x (..., in), weight (out, in), bias (out,) or none -> (..., out), in x's dtype."""
-    y = x @ ops.transpose(ops.cast(weight, x.dtype), 0, 1)
+    if kernels.serve(int(weight.shape[0])):
+        y = kernels.linear(x, weight)
+    else:
+        y = x @ ops.transpose(ops.cast(weight, x.dtype), 0, 1)
     return y if bias is None else y + ops.cast(bias, x.dtype)
 
 
 def conv1d(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) -> TensorValue:
-    """`torch.nn.Conv1d` with kernel 3 and padding 1, channels last: three views, one product.
+    """`torch.nn.Conv1d` with kernel 3 and padding 1, channels last.
 
-    x (B, frames, in), weight (out, in, 3), bias (out,) -> (B, frames / stride, out). Not
-    `ops.conv2d`, of which wrong results at padded edges are reported (modular#6461, #6712).
+    x (B, frames, in), weight (out, in, 3), bias (out,) -> (B, frames / stride, out). With MAX's
+    operations three views and one product, not `ops.conv2d`, of which wrong results at padded edges
+    are reported (modular#6461, #6712).
     """
     batch, frames, channels = x.shape
     n_out, n_in, kernel = (int(d) for d in weight.shape)
+    if kernels.serve(n_out):
+        return kernels.conv1d(x, weight, stride) + bias
     edge = ops.broadcast_to(ops.constant(0.0, x.dtype, x.device), [batch, 1, channels])
     padded = ops.concat([edge, x, edge], axis=1)  # (B, frames + 2, in)
     views = [padded[:, tap : tap + int(frames) : stride, :] for tap in range(kernel)]
@@ -69,7 +81,8 @@ def layer_norm(x: TensorValue, weight: WeightSource, name: str) -> TensorValue:
 def stem(
     mel: TensorValue, weight: WeightSource, tap: Tap = no_tap, dtype: DType = DType.float32
 ) -> TensorValue:
-    """mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state), positions added."""
+    """mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state), positions added, in
+    `dtype`."""
     x = ops.permute(ops.cast(tap("mel", mel), dtype), [0, 2, 1])  # (B, 80, 3000) -> (B, 3000, 80)
     x = tap("conv1", conv1d(x, weight("conv1.weight"), weight("conv1.bias"), stride=1))
     x = tap("conv1.gelu", ops.gelu(x, approximate="none"))  # (B, 3000, 384)
@@ -84,11 +97,13 @@ def qkv_attention(
 ) -> TensorValue:
     """`MultiHeadAttention.qkv_attention`: q (B, T, n_state), k and v (B, n, n_state) -> as q.
 
-    mask (T, n): 0 where a query may look, -inf where it may not. The compiler turns
-    `softmax((q @ k) * scale) @ v` into one fused kernel; the order of the operands of the
+    mask (T, n): 0 where a query may look, -inf where it may not. With MAX's operations the compiler
+    turns `softmax((q @ k) * scale) @ v` into one fused kernel; the order of the operands of the
     multiplication matters to it.
     """
     batch, n_ctx, n_state = q.shape
+    if mask is None and q.shape == k.shape and kernels.serve(int(n_state) // n_head):
+        return kernels.qkv_attention(q, k, v, n_head)
     n_head_state = int(n_state) // n_head  # 64 in every Whisper
 
     def heads(y: TensorValue) -> TensorValue:  # (B, n, 384) -> (B, 6, n, 64)
@@ -158,7 +173,8 @@ def encoder(
     tap: Tap = no_tap,
     dtype: DType = DType.float32,
 ) -> TensorValue:
-    """`AudioEncoder`: mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state)."""
+    """`AudioEncoder`: mel (B, n_mels, 2 * n_audio_ctx) -> (B, n_audio_ctx, n_audio_state), computed
+    in `dtype`."""
     x = stem(mel, weight, tap, dtype)
     for layer in range(dims.n_audio_layer):
         x = block(x, weight, f"blocks.{layer}", dims.n_audio_head, tap)
@@ -205,7 +221,8 @@ def build(dims: ModelDimensions, device: DeviceRef, dtype: DType = DType.float32
     Both are float32; between them the network computes in `dtype`.
     """
     weight = external_weights(encoder_shapes(dims), device, dtype)
-    with Graph("whisper_audio_encoder", input_types=[mel_type(dims, device)]) as graph:
+    types, library = [mel_type(dims, device)], kernels.library(device, dtype)
+    with Graph("whisper_audio_encoder", input_types=types, kernel_library=library) as graph:
         features = encoder(graph.inputs[0].tensor, weight, dims, dtype=dtype)
         graph.output(ops.cast(features, DType.float32))
     return graph
@@ -220,7 +237,8 @@ def build_tapped(dims: ModelDimensions, device: DeviceRef, dtype: DType = DType.
         taps.append(ops.cast(x, DType.float32))
         return x
 
-    with Graph("whisper_audio_encoder_taps", input_types=[mel_type(dims, device)]) as graph:
+    types, library = [mel_type(dims, device)], kernels.library(device, dtype)
+    with Graph("whisper_audio_encoder_taps", input_types=types, kernel_library=library) as graph:
         encoder(graph.inputs[0].tensor, weight, dims, tap, dtype)
         graph.output(*taps)
     return graph
@@ -258,7 +276,8 @@ def build_stages(dims: ModelDimensions, device: DeviceRef) -> Graph:
     types = [TensorType(DType.float32, ["batch", *shape], device) for shape in shapes.values()]
     types += [TensorType(DType.float32, shape, device) for shape in weights.values()]
     answers: list[TensorValue] = []
-    with Graph("whisper_audio_encoder_stages", input_types=types) as graph:
+    library = kernels.library(device)
+    with Graph("whisper_audio_encoder_stages", input_types=types, kernel_library=library) as graph:
         inputs = [value.tensor for value in graph.inputs]
         reference = dict(zip(shapes, inputs, strict=False))  # the first of them
         weight = dict(zip(weights, inputs[len(shapes) :], strict=True))

@@ -42,6 +42,7 @@ from encoder.graph import (
     linear,
     qkv_attention,
 )
+from encoder.kernels import library
 from validation.metrics import relative_l2
 from validation.parity import commit, processor
 from validation.reference import stock_encoder
@@ -170,13 +171,15 @@ def build(dims: ModelDimensions, device: DeviceRef) -> Module:
     module = Module()
     for kernel in kernels_of(dims):
         types = [TensorType(DType.float32, [1, *shape], device) for shape in kernel.shapes]
-        with Graph(kernel.name, input_types=types, module=module) as graph:
+        with Graph(
+            kernel.name, input_types=types, module=module, kernel_library=library(device)
+        ) as graph:
             weight = external_weights(encoder_shapes(dims), device)
             graph.output(kernel.ours([value.tensor for value in graph.inputs], weight))
     return module
 
 
-KINDS["kernels"] = Kind(build, "the encoder's single kernels", (encoder.graph.__file__, __file__))
+KINDS["kernels"] = Kind(build, "the encoder's single kernels", (*encoder.graph.SOURCES, __file__))
 
 
 class Kernels(Bound):

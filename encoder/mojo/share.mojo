@@ -1,0 +1,25 @@
+"""Tasks for all of MAX's threads."""
+
+from max.algorithm import sync_parallelize
+from max.runtime.asyncrt import parallelism_level
+from std.atomic import Atomic
+
+comptime Task = ImplicitlyCopyable & RegisterPassable & def(Int) -> None
+
+
+@always_inline
+def share[TaskType: Task](task: TaskType, count: Int):
+    """Do task(0) to task(count - 1); whoever is done takes the next.
+
+    `sync_parallelize` deals tasks out beforehand, and a processor that others use as well is waited
+    for.
+    """
+    var next = Atomic[Int](0)
+
+    def worker(_number: Int) {mut next, imm}:
+        var i = next.fetch_add(1)
+        while i < count:
+            task(i)
+            i = next.fetch_add(1)
+
+    sync_parallelize(worker, min(count, parallelism_level(None)))
