@@ -93,8 +93,10 @@ def test_max_is_never_replaced(demo_checkpoint, mel, monkeypatch):
 def test_proof_that_max_ran(ours, demo_checkpoint, mel):
     proof = ran(ours, mel, ours.features(mel))
     layers = demo_checkpoint.dims.n_audio_layer
-    assert proof["kernels"]["no_mask_flash_attention_cpu"] == layers
-    assert proof["kernels"]["softmax"] == 0
+    assert proof["kernels"]["max_whisper.qkv_attention"] == layers
+    assert proof["kernels"]["max_whisper.linear"] == 6 * layers
+    assert proof["kernels"]["max_whisper.conv1d"] == 2
+    assert proof["kernels"]["matmul"] == proof["kernels"]["softmax"] == 0
     assert proof["kernels"]["layer_norm"] == 2 * layers + 1
     assert proof["perturbed"] == "blocks.0.mlp.0.bias"
     assert proof["output_changed_by"] > 1e-3  # what the reference's output changes by

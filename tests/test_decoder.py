@@ -216,6 +216,8 @@ def test_attention_is_the_fused_kernel(decoder, demo_checkpoint):
     for masked, kernel in ((True, "masked_flash_attention_cpu"), (False, "no_mask_flash_")):
         found = [k for k in decoder.kernels if f"composite.{kernel}" in k]
         assert len(found) == 2 * layers, masked
+    once = decoder._models[decoder_bridge.graph.KEYS_VALUES].kernel_summaries
+    assert len([k for k in once if "max_whisper.linear" in k]) == 2 * layers
     step = list(decoder._models[decoder_bridge.graph.STEP].kernel_summaries)
     assert not [k for k in step if "mo.matmul" in k]
     assert len([k for k in step if "mo.reduce.add" in k]) == 8 * layers + 1
@@ -391,9 +393,10 @@ def test_the_artifact_depends_on_the_decoder_alone(demo_checkpoint, monkeypatch,
         assert artifact_name(other, device, "decoder") != name, size
     assert artifact_name(dims, device, "decoder-taps") != name
     sources = KINDS["decoder"].sources
-    assert [Path(s).parent.name for s in sources] == ["encoder", "decoder_bridge"]
+    folders = [Path(s).parent.name for s in sources]
+    assert folders == ["encoder", "encoder", *["mojo"] * 5, "decoder_bridge"]
     for i, source in enumerate(sources):
-        copy = tmp_path / f"{i}.py"
+        copy = tmp_path / f"{i}{Path(source).suffix}"
         copy.write_text(Path(source).read_text() + "\n")
         changed = (*sources[:i], str(copy), *sources[i + 1 :])
         with monkeypatch.context() as patch:

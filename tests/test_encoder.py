@@ -106,11 +106,16 @@ def test_a_batch_is_its_windows(demo_engine):
         assert relative_l2(row, demo_engine(window[None])[0]) <= 1e-6
 
 
-def test_attention_is_the_fused_kernel(demo_checkpoint, demo_engine):
-    """One fused kernel for each layer, and no softmax left over beside them."""
-    fused = [k for k in demo_engine.kernels if "no_mask_flash_attention_cpu" in k]
-    assert len(fused) == demo_checkpoint.dims.n_audio_layer
-    assert not [k for k in demo_engine.kernels if "softmax" in k and "flash_attention" not in k]
+def test_products_and_attention_are_the_operations_in_mojo(demo_checkpoint, demo_engine):
+    """All of them, none of MAX's beside them; what follows a product is fused into it."""
+    layers, ours = demo_checkpoint.dims.n_audio_layer, "custom__max_whisper."
+    for name, count in (("conv1d", 2), ("linear", 6 * layers), ("qkv_attention", layers)):
+        assert len([k for k in demo_engine.kernels if f"{ours}{name}" in k]) == count, name
+    for name in ("matmul", "flash_attention", "softmax"):
+        assert not [k for k in demo_engine.kernels if name in k], name
+    gelu = [k for k in demo_engine.kernels if "mo.gelu" in k]
+    assert len(gelu) == 2 + layers
+    assert all(ours in k for k in gelu)
 
 
 def perturbed(checkpoint: Checkpoint, name: str) -> Checkpoint:

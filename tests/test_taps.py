@@ -89,11 +89,14 @@ def test_real_encoder(real_checkpoint, real_engine, stages_engine, jfk):
     assert max(own.values()) <= TAP, own
 
 
-def test_attention_stays_fused(demo_checkpoint, demo_tapped, stages_engine):
+def test_taps_and_stages_have_the_kernels_of_production(
+    demo_checkpoint, demo_tapped, stages_engine
+):
     for engine, layers in ((demo_tapped, demo_checkpoint.dims.n_audio_layer), (stages_engine, 1)):
-        fused = [k for k in engine.kernels if "no_mask_flash_attention_cpu" in k]
-        assert len(fused) == layers
-        assert not [k for k in engine.kernels if "softmax" in k and "flash_attention" not in k]
+        for name, count in (("conv1d", 2), ("linear", 6 * layers), ("qkv_attention", layers)):
+            assert len([k for k in engine.kernels if f"max_whisper.{name}" in k]) == count, name
+        for name in ("matmul", "flash_attention", "softmax"):
+            assert not [k for k in engine.kernels if name in k], name
 
 
 @pytest.mark.parametrize(

@@ -160,9 +160,10 @@ def test_max_attention_reads_the_models_own_tensors(models, stock, name, layer):
         assert torch.equal(ours(x)[0], before)
 
 
-def test_max_attention_is_the_fused_kernel(models):
+def test_max_attention_is_the_encoders(models):
     kernels = models["max-attention"].encoder.blocks[0].attn.engine.kernels
-    assert len([k for k in kernels if "no_mask_flash_attention_cpu" in k]) == 1
+    assert len([k for k in kernels if "max_whisper.qkv_attention" in k]) == 1
+    assert len([k for k in kernels if "max_whisper.linear" in k]) == 4
 
 
 def test_max_attention_keeps_the_names_of_the_checkpoint(models, stock):

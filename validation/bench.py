@@ -54,7 +54,13 @@ LEDGER = "trials.jsonl"
 VERSIONS = (*PACKAGES, "scipy")
 ROOT = Path(__file__).parent.parent
 # What rows depend on, but for what only reads them, or has nothing to do with them.
-CODE = ("decoder_bridge/model.py", "encoder/*.py", "validation/**/*.py", "weights/*.py")
+CODE = (
+    "decoder_bridge/model.py",
+    "encoder/*.py",
+    "encoder/mojo/*.mojo",
+    "validation/**/*.py",
+    "weights/*.py",
+)
 NOT_CODE = (
     "findings*.py",
     "bench*.py",
