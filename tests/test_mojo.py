@@ -100,13 +100,18 @@ def test_qkv_attention(models, n_ctx, size):
 
 
 def test_later_keys_may_score_higher_or_lower(models):
-    """What earlier blocks of keys gave is made smaller as it must be, at 150 nats too."""
+    """What earlier blocks of keys gave is made smaller as it must be, at 340 nats too; scores so
+    large are rounded, by PyTorch as well."""
     n_ctx = 400
     q, v = torch.ones(1, n_ctx, N_HEAD * 32), random(1, n_ctx, N_HEAD * 32)
     for slope in (torch.linspace(-30, 30, n_ctx), torch.linspace(30, -30, n_ctx)):
         k = slope[None, :, None].expand(1, n_ctx, N_HEAD * 32).contiguous()
         found = run(models[f"attention {n_ctx}"], q, k, v)
-        assert relative_l2(found, expected_attention(q, k, v)) <= 1e-5
+        theirs = F.scaled_dot_product_attention(*map(heads, (q, k, v))).transpose(1, 2)
+        expected = expected_attention(q, k, v)
+        error = relative_l2(theirs.reshape(q.shape), expected)
+        assert 1e-6 < error
+        assert relative_l2(found, expected) <= 4 * error
 
 
 @pytest.mark.parametrize("which", range(3))
