@@ -149,8 +149,8 @@ class Cache:
 class Decoder(Bound):
     """The compiled decoder: `start(features)` -> a cache, `logits(cache, tokens)` as it grows.
 
-    Of the token embedding, most of what is read for a token, it holds a float16 copy too where that
-    is the same numbers; a step of one sequence reads that.
+    The token embedding, most of what is read for a token, it holds in float16 where that is the
+    same numbers.
 
     Raises `EngineError` where MAX cannot do it, `weights.WeightsError` where the checkpoint has no
     decoder; compiles (minutes, once) where no artifact is kept.
@@ -160,6 +160,8 @@ class Decoder(Bound):
         require_cpu(device)
         tensors = with_half(decoder_weights(checkpoint))
         self.half = HALF in tensors
+        if self.half:
+            del tensors[TOKEN_EMBEDDING]
         kind = "decoder-half" if self.half else "decoder"
         super().__init__(kind, checkpoint.dims, device, tensors)
         self._mask = causal_mask(self.dims)

@@ -11,15 +11,15 @@ n_text_head 6, n_text_layer 4.
 Three graphs make one artifact:
     cross_attention_keys_values   once for a window: features -> keys and values of every block
     text_decoder                  any number of new tokens -> logits
-    text_decoder_step             one new token -> logits, by another kernel (see `by_sums`)
+    text_decoder_step             one new token -> logits
 Keys and values of self attention lie in buffers of n_text_ctx rows, which the last two write and
 read in place.
 
 `weight` and `tap` are those of `encoder/graph.py`. A third argument says what lies in the buffers:
     remember(name, k, v) -> (k, v)    takes the new keys and values, gives all of them so far
 
-The step may read the embedding in float16 (`half`), half the bytes: each number is made float32 as
-it is read, and all sums are float32. Several tokens or sequences at once read the float32 one.
+They may read the token embedding in float16 (`half`), half the bytes: each number is made float32
+as it is read, and all sums are float32.
 """
 
 from __future__ import annotations
@@ -40,19 +40,18 @@ from whisper.model import ModelDimensions
 
 from encoder import kernels
 from encoder.graph import (
-    Linear,
     Memory,
     Tap,
     WeightSource,
     attention,
     external_weights,
     layer_norm,
+    linear,
     mlp,
     no_tap,
     only_these,
     qkv_attention,
 )
-from encoder.graph import linear as by_products
 from weights import expected_shapes
 
 KEYS_VALUES = "cross_attention_keys_values"
@@ -65,20 +64,6 @@ HALF = f"{TOKEN_EMBEDDING}.float16"  # the same numbers
 KeysValues = list[tuple[TensorValue, TensorValue]]  # of each block
 
 
-def by_sums(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> TensorValue:
-    """`torch.nn.Linear` of one token: x (B, 1, in), weight (out, in) -> (B, 1, out).
-
-    For a single sequence, a matrix times a vector, the sum reads each weight once, and was faster
-    than MAX 26.7's matrix product where it was tried. For five it reads the weights five times.
-    """
-    batch, _, n_in = x.shape
-    n_out = weight.shape[0]
-    rows = ops.reshape(ops.reshape(x, [batch, n_in]), [batch, 1, n_in])
-    y = ops.sum(ops.reshape(weight, [1, n_out, n_in]) * rows, axis=-1)  # (B, out, 1)
-    y = ops.reshape(y, [batch, n_out])
-    return ops.reshape(y if bias is None else y + bias, [batch, 1, n_out])
-
-
 def cross_attention(
     x: TensorValue,
     n_group: Dim,
@@ -86,7 +71,6 @@ def cross_attention(
     weight: WeightSource,
     name: str,
     n_head: int,
-    linear: Linear,
     tap: Tap,
 ) -> TensorValue:
     """`MultiHeadAttention` over the audio: x (B, T, 384), k and v (A, 1500, 384) -> (B, T, 384).
@@ -112,14 +96,14 @@ def embed(tokens: TensorValue, length: Dim, weight: WeightSource, tap: Tap) -> T
     return tap("positional_embedding", x + positions)
 
 
-def logits(x: TensorValue, weight: WeightSource, linear: Linear, tap: Tap) -> TensorValue:
+def logits(x: TensorValue, weight: WeightSource, tap: Tap) -> TensorValue:
     """The last norm, then the product with every token's embedding: (B, T, 384) -> (B, T, 51864).
 
     80 MB of float32 are read here for a token, more than everywhere else together, or 40 MB of
     float16.
     """
     x = tap("ln", layer_norm(x, weight, "ln"))
-    return tap("logits", linear(x, ops.cast(weight(TOKEN_EMBEDDING), DType.float32), None))
+    return tap("logits", linear(x, weight(TOKEN_EMBEDDING), None))
 
 
 def new_rows(n_ctx: Dim, length: Dim) -> tuple[slice, Dim]:
@@ -135,8 +119,8 @@ def cross_keys_values(
     found = []
     for layer in range(dims.n_text_layer):
         name = f"blocks.{layer}.cross_attn"
-        k = by_products(features, weight(f"{name}.key.weight"), None)
-        v = by_products(features, weight(f"{name}.value.weight"), weight(f"{name}.value.bias"))
+        k = linear(features, weight(f"{name}.key.weight"), None)
+        v = linear(features, weight(f"{name}.value.weight"), weight(f"{name}.value.bias"))
         found.append((tap(f"{name}.key", k), tap(f"{name}.value", v)))
     return found
 
@@ -148,7 +132,6 @@ def decoder(
     remember: Memory,
     weight: WeightSource,
     dims: ModelDimensions,
-    linear: Linear = by_products,
     rows: TensorValue | None = None,
     tap: Tap = no_tap,
 ) -> TensorValue:
@@ -162,15 +145,15 @@ def decoder(
     for layer in range(dims.n_text_layer):
         name = f"blocks.{layer}"
         y = tap(f"{name}.attn_ln", layer_norm(x, weight, f"{name}.attn_ln"))
-        y = attention(y, weight, f"{name}.attn", n_head, tap, linear, mask, remember)
+        y = attention(y, weight, f"{name}.attn", n_head, tap, mask=mask, remember=remember)
         x = tap(f"{name}.attn.residual", x + y)
         y = tap(f"{name}.cross_attn_ln", layer_norm(x, weight, f"{name}.cross_attn_ln"))
         to = f"{name}.cross_attn"
-        y = cross_attention(y, n_group, cross[layer], weight, to, n_head, linear, tap)
+        y = cross_attention(y, n_group, cross[layer], weight, to, n_head, tap)
         x = tap(f"{to}.residual", x + y)
         y = tap(f"{name}.mlp_ln", layer_norm(x, weight, f"{name}.mlp_ln"))
-        x = tap(name, x + mlp(y, weight, f"{name}.mlp", tap, linear))
-    return logits(x if rows is None else ops.gather(x, rows, axis=1), weight, linear, tap)
+        x = tap(name, x + mlp(y, weight, f"{name}.mlp", tap))
+    return logits(x if rows is None else ops.gather(x, rows, axis=1), weight, tap)
 
 
 def decoder_shapes(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
@@ -244,7 +227,8 @@ def add_decoder(
         *[seen for _ in names],
         *[BufferType(DType.float32, shape, device) for _ in names],
     ]
-    with Graph(STEP if step else DECODER, input_types=types, module=module) as graph:
+    called, library = STEP if step else DECODER, kernels.library(device)
+    with Graph(called, input_types=types, module=module, kernel_library=library) as graph:
         inputs = list(graph.inputs)
         tokens, mask = inputs[0].tensor, inputs[1].tensor
         cross = [value.tensor for value in inputs[-2 * len(names) : -len(names)]]
@@ -257,17 +241,19 @@ def add_decoder(
             in_buffers(buffers, tokens.shape[2], mask.shape[1]),
             with_half(weight, dims) if half else weight,
             dims,
-            by_sums if step else by_products,
             None if step else inputs[2].tensor,
         )
         graph.output(answer)
 
 
 def build(dims: ModelDimensions, device: DeviceRef, half: bool = False) -> Module:
-    """The three production graphs, in one module that is compiled as one; `half` is the step's."""
+    """The three production graphs, in one module that is compiled as one.
+
+    half : the token embedding is an external constant in float16, `HALF`
+    """
     module = Module()
     add_keys_values(module, dims, device)
-    add_decoder(module, dims, device, step=False)
+    add_decoder(module, dims, device, step=False, half=half)
     add_decoder(module, dims, device, step=True, half=half)
     return module
 
@@ -299,7 +285,8 @@ def build_tapped(dims: ModelDimensions, device: DeviceRef) -> Graph:
         return x
 
     types = tapped_types(dims, "tokens", device)
-    with Graph("whisper_text_decoder_taps", input_types=types) as graph:
+    library = kernels.library(device)
+    with Graph("whisper_text_decoder_taps", input_types=types, kernel_library=library) as graph:
         teacher_forcing(graph, dims, device, tap)
         graph.output(*taps)
     return graph

@@ -34,7 +34,6 @@ LAYER_NORM_EPSILON = 1e-5  # the default of torch.nn.LayerNorm, which Whisper us
 
 WeightSource = Callable[[str], TensorValue]
 Tap = Callable[[str, TensorValue], TensorValue]
-Linear = Callable[[TensorValue, TensorValue, TensorValue | None], TensorValue]
 Memory = Callable[[str, TensorValue, TensorValue], tuple[TensorValue, TensorValue]]
 
 
@@ -45,7 +44,7 @@ def no_tap(name: str, x: TensorValue) -> TensorValue:
 
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> TensorValue:
     """`Linear`: x (..., in), weight (out, in), bias (out,) or none -> (..., out), in x's dtype."""
-    if kernels.serve(int(weight.shape[0])):
+    if kernels.serve():
         y = kernels.linear(x, weight)
     else:
         y = x @ ops.transpose(ops.cast(weight, x.dtype), 0, 1)
@@ -130,7 +129,6 @@ def attention(
     name: str,
     n_head: int,
     tap: Tap = no_tap,
-    linear: Linear = linear,
     mask: TensorValue | None = None,
     remember: Memory = only_these,
 ) -> TensorValue:
@@ -147,9 +145,7 @@ def attention(
     return tap(f"{name}.out", linear(wv, weight(f"{name}.out.weight"), weight(f"{name}.out.bias")))
 
 
-def mlp(
-    x: TensorValue, weight: WeightSource, name: str, tap: Tap = no_tap, linear: Linear = linear
-) -> TensorValue:
+def mlp(x: TensorValue, weight: WeightSource, name: str, tap: Tap = no_tap) -> TensorValue:
     """Linear, exact GELU, Linear: x (B, T, n_state) -> (B, T, 4 * n_state) -> (B, T, n_state)."""
     x = tap(f"{name}.0", linear(x, weight(f"{name}.0.weight"), weight(f"{name}.0.bias")))
     x = tap(f"{name}.1", ops.gelu(x, approximate="none"))

@@ -62,24 +62,31 @@ def library(device: DeviceRef, dtype: DType = DType.float32) -> KernelLibrary | 
     return _library() if device.is_cpu() and dtype == DType.float32 else None
 
 
-def serve(*channels: int) -> bool:
-    """Whether the graph that is being built has these operations, and they have tiles for so many
-    channels: for all of Whisper's sizes."""
-    has = bool(Graph.current.kernel_libraries_paths)
-    return has and all(n % PANEL == 0 for n in channels)
+def serve(channels: int = 0) -> bool:
+    """Whether the graph that is being built has these operations, and they have whole panels for so
+    many channels, as in all of Whisper's sizes."""
+    return bool(Graph.current.kernel_libraries_paths) and channels % PANEL == 0
 
 
 def packed(weight: TensorValue) -> TensorValue:
-    """weight (out, in) -> (out / 16, in, 16); of an external constant once, when it is bound."""
+    """weight (out, in) -> (panels, in, 16), with zeros behind the last channel; of an external
+    constant once, when it is bound."""
     n_out, n_in = (int(d) for d in weight.shape)
-    return ops.permute(ops.reshape(weight, [n_out // PANEL, PANEL, n_in]), [0, 2, 1])
+    panels = -(-n_out // PANEL)
+    if missing := panels * PANEL - n_out:
+        zero = ops.constant(0.0, weight.dtype, weight.device)
+        weight = ops.concat([weight, ops.broadcast_to(zero, [missing, n_in])], axis=0)
+    return ops.permute(ops.reshape(weight, [panels, PANEL, n_in]), [0, 2, 1])
 
 
 def linear(x: TensorValue, weight: TensorValue) -> TensorValue:
-    """x (B, T, in), weight (out, in) -> (B, T, out)."""
-    out = TensorType(x.dtype, [*x.shape[:2], weight.shape[0]], x.device)
-    values = [x, packed(weight)]
-    return ops.custom("max_whisper.linear", x.device, values, [out])[0].tensor
+    """x (B, T, in) float32, weight (out, in) in any dtype -> (B, T, out)."""
+    batch, n_ctx, n_in = x.shape
+    rows = ops.reshape(x, [batch * n_ctx, n_in])
+    out = TensorType(x.dtype, [batch * n_ctx, weight.shape[0]], x.device)
+    values = [rows, packed(weight)]
+    y = ops.custom("max_whisper.linear", x.device, values, [out])[0].tensor
+    return ops.reshape(y, [batch, n_ctx, weight.shape[0]])
 
 
 def conv1d(x: TensorValue, weight: TensorValue, stride: int) -> TensorValue:

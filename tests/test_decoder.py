@@ -15,7 +15,16 @@ from whisper.decoding import DecodingOptions, DecodingResult, PyTorchInference
 import decoder_bridge.graph
 from decoder_bridge.decoding import MaxDecodingTask, MaxInference, decode
 from decoder_bridge.engine import KINDS, Cache, Decoder, TappedDecoder, with_half
-from decoder_bridge.graph import HALF, TOKEN_EMBEDDING, decoder_shapes, tap_names, tap_shapes
+from decoder_bridge.graph import (
+    DECODER,
+    HALF,
+    KEYS_VALUES,
+    STEP,
+    TOKEN_EMBEDDING,
+    decoder_shapes,
+    tap_names,
+    tap_shapes,
+)
 from encoder.engine import EngineError, artifact_name, select_device
 from validation.metrics import relative_l2
 from validation.numbers import noise_mel
@@ -209,18 +218,20 @@ def test_the_step_reads_half_of_the_bytes(demo_checkpoint, decoder, features, to
         assert (HALF in with_half({TOKEN_EMBEDDING: table})) == torch.equal(table, kept)
 
 
-def test_attention_is_the_fused_kernel(decoder, demo_checkpoint):
-    """One fused kernel for each attention of the two graphs; in the step every other product is a
-    sum, and there is no product of matrices."""
+def test_products_are_in_mojo_and_attention_is_the_fused_kernel(decoder, demo_checkpoint):
+    """Of both graphs every product, once and no more, and one fused kernel for each attention."""
     layers = demo_checkpoint.dims.n_text_layer
     for masked, kernel in ((True, "masked_flash_attention_cpu"), (False, "no_mask_flash_")):
         found = [k for k in decoder.kernels if f"composite.{kernel}" in k]
         assert len(found) == 2 * layers, masked
-    once = decoder._models[decoder_bridge.graph.KEYS_VALUES].kernel_summaries
-    assert len([k for k in once if "max_whisper.linear" in k]) == 2 * layers
-    step = list(decoder._models[decoder_bridge.graph.STEP].kernel_summaries)
-    assert not [k for k in step if "mo.matmul" in k]
-    assert len([k for k in step if "mo.reduce.add" in k]) == 8 * layers + 1
+    for graph, count in (
+        (KEYS_VALUES, 2 * layers),
+        (DECODER, 8 * layers + 1),
+        (STEP, 8 * layers + 1),
+    ):
+        found = list(decoder._models[graph].kernel_summaries)
+        assert len([k for k in found if "custom__max_whisper.linear" in k]) == count, graph
+        assert not [k for k in found if "mo.matmul" in k or "mo.transpose" in k], graph
 
 
 OPTIONS: list[dict] = [

@@ -16,7 +16,7 @@ from encoder.graph import conv1d, linear, qkv_attention
 from validation.metrics import relative_l2
 
 FRAMES = (1, 2, 5, 6, 47, 48, 49, 97)  # tiles of 6 or 12 rows, blocks of 48
-PANELS = (1, 2, 3)
+CHANNELS = (16, 32, 41, 48)  # panels of 16; 41 as of a vocabulary
 SEQUENCES = (1, 7, 36, 37, 192, 193, 400)  # blocks of 36 queries and 192 keys
 CPU = DeviceRef.CPU()
 N_IN, N_HEAD = 24, 3
@@ -34,16 +34,18 @@ def models() -> dict[str, Model]:
     def graph(name: str, *types: TensorType) -> Graph:
         return Graph(name, input_types=types, module=module, kernel_library=library)
 
-    for n in PANELS:
-        out = n * kernels.PANEL
-        for frames in FRAMES:
-            x, b = f32("batch", frames, N_IN), f32(out)
-            with graph(f"linear {n} {frames}", x, f32(out, N_IN), b) as g:
-                g.output(linear(*(value.tensor for value in g.inputs)))
-            for stride in (1, 2):
-                if frames % stride == 0 and n == 3:
-                    with graph(f"conv1d {stride} {frames}", x, f32(out, N_IN, 3), b) as g:
-                        g.output(conv1d(*(value.tensor for value in g.inputs), stride))
+    x = f32("batch", "frames", N_IN)
+    for out in CHANNELS:
+        with graph(f"linear {out}", x, f32(out, N_IN), f32(out)) as g:
+            g.output(linear(*(value.tensor for value in g.inputs)))
+    with graph("linear of float16", x, TensorType(DType.float16, [41, N_IN], CPU)) as g:
+        g.output(linear(*(value.tensor for value in g.inputs), None))
+    for frames in FRAMES:
+        for stride in (1, 2):
+            if frames % stride == 0:
+                types = f32("batch", frames, N_IN), f32(48, N_IN, 3), f32(48)
+                with graph(f"conv1d {stride} {frames}", *types) as g:
+                    g.output(conv1d(*(value.tensor for value in g.inputs), stride))
     for n_ctx in SEQUENCES:
         with graph(f"attention {n_ctx}", *[f32("batch", n_ctx, N_HEAD * 32)] * 3) as g:
             g.output(qkv_attention(*(value.tensor for value in g.inputs), N_HEAD))
@@ -61,12 +63,20 @@ def run(model: Model, *inputs: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("frames", FRAMES)
-@pytest.mark.parametrize("panels", PANELS)
-def test_linear(models, frames, panels):
-    out = panels * kernels.PANEL
-    x, w, b = random(3, frames, N_IN), random(out, N_IN, seed=1), random(out, seed=2)
-    found = run(models[f"linear {panels} {frames}"], x, w, b)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("channels", CHANNELS)
+def test_linear(models, channels, batch, frames):
+    x, w, b = random(batch, frames, N_IN), random(channels, N_IN, seed=1), random(channels, seed=2)
+    found = run(models[f"linear {channels}"], x, w, b)
     assert relative_l2(found, F.linear(x.double(), w.double(), b.double())) <= 1e-6
+
+
+@pytest.mark.parametrize("frames", FRAMES)
+def test_float16_is_a_way_to_keep_weights(models, frames):
+    """Each is made float32 as it is read: the sums are float32's."""
+    x, w = random(1, frames, N_IN), random(41, N_IN, seed=1).half()
+    found = run(models["linear of float16"], x, w)
+    assert relative_l2(found, F.linear(x.double(), w.double())) <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,7 @@ def test_later_keys_may_score_higher_or_lower(models):
         theirs = F.scaled_dot_product_attention(*map(heads, (q, k, v))).transpose(1, 2)
         expected = expected_attention(q, k, v)
         error = relative_l2(theirs.reshape(q.shape), expected)
-        assert 1e-6 < error
+        assert error > 1e-6
         assert relative_l2(found, expected) <= 4 * error
 
 

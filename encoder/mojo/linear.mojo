@@ -8,49 +8,60 @@ from max.gpu.host import DeviceContext
 from std.math import ceildiv
 from std.utils.index import IndexList
 
-from .product import Floats, PANEL, VECTOR, product
+from .product import Floats, PANEL, PANELS, VECTOR, product
 from .share import share
 
 comptime BLOCK = 48  # rows of a task: whole tiles, in the second cache
+comptime TASKS = 32  # at least, where there are as many panels
 
 
 @extensibility.register("max_whisper.linear")
 struct Linear:
-    """The product x (B, T, in) by weight (out / 16, in, 16) -> y (B, T, out)."""
+    """The product x (rows, in) by weight (panels, in, 16) -> y (rows, out), out <= 16 * panels.
+
+    Few rows, as of a decoder's step, are shared out by panels: each weight is read once.
+    """
 
     @staticmethod
     def execute[
         target: StaticString
     ](
-        y: FusedOutputTensor[dtype=DType.float32, rank=3, ...],
-        x: InputTensor[dtype=DType.float32, rank=3, ...],
-        weight: InputTensor[dtype=DType.float32, rank=3, ...],
+        y: FusedOutputTensor[dtype=DType.float32, rank=2, ...],
+        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        weight: InputTensor[rank=3, ...],
         ctx: DeviceContext,
     ) capturing raises:
-        var n_ctx, n_in = x.dim_size(1), x.dim_size(2)
+        var rows, n_in, n_out = x.dim_size(0), x.dim_size(1), y.dim_size(1)
         var x_ptr, w_ptr = x.unsafe_ptr(), weight.unsafe_ptr()
-        var panels, blocks = weight.dim_size(0), ceildiv(n_ctx, BLOCK)
+        var panels, blocks = weight.dim_size(0), ceildiv(rows, BLOCK)
+        var group = ceildiv(ceildiv(panels * blocks, TASKS), PANELS) * PANELS
+        var groups = ceildiv(panels, group)
 
         def block(i: Int) {imm}:
-            var b, part = divmod(i, blocks)
-            var first = part * BLOCK
+            var part, which = divmod(i, groups)
+            var row, panel = part * BLOCK, which * group
 
             @always_inline
-            def take(row: Int, column: Int, sums: Floats) {imm}:
-                y._lambda_store[width=VECTOR](IndexList[3](b, first + row, column), sums)
+            def take(r: Int, c: Int, sums: Floats) {imm}:
+                var column = panel * PANEL + c
+                if column + VECTOR <= n_out:
+                    y._lambda_store[width=VECTOR](IndexList[2](row + r, column), sums)
+                else:
+                    for n in range(n_out - column):
+                        y._lambda_store[width=1](IndexList[2](row + r, column + n), sums[n])
 
             product(
                 take,
-                min(BLOCK, n_ctx - first),
-                panels,
-                x_ptr.unsafe_offset((b * n_ctx + first) * n_in),
+                min(BLOCK, rows - row),
+                min(group, panels - panel),
+                x_ptr.unsafe_offset(row * n_in),
                 n_in,
-                w_ptr,
+                w_ptr.unsafe_offset(panel * n_in * PANEL),
                 n_in * PANEL,
                 n_in,
             )
 
-        share(block, x.dim_size(0) * blocks)
+        share(block, blocks * groups)
 
 
 @extensibility.register("max_whisper.conv1d")

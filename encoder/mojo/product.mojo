@@ -1,7 +1,7 @@
 """A matrix product in registers: rows of `a` times panels of `b`.
 
 `a` lies by rows, any distance apart; `b` lies in panels of 16 columns, each panel (depth, 16), so
-that one step of the sum reads whole vectors. A tile of ROWS rows and PANELS panels is summed in
+that one step of the sum reads whole vectors; in another dtype than float32 they are cast then. A tile of ROWS rows and PANELS panels is summed in
 registers over the whole depth and given away once: nothing is read twice, nothing is added to what
 is already stored. With AVX2 it is 6 by 16, twelve of sixteen registers; with AVX-512 12 by 32.
 """
@@ -22,14 +22,14 @@ comptime Take = ImplicitlyCopyable & RegisterPassable & def(Int, Int, Floats) ->
 
 @always_inline
 def tile[
-    rows: Int, panels: Int, a_origin: Origin, b_origin: Origin, TakeType: Take
+    rows: Int, panels: Int, a_origin: Origin, b_type: DType, b_origin: Origin, TakeType: Take
 ](
     take: TakeType,
     row: Int,
     panel: Int,
     a: Pointer[Float32, a_origin],
     a_stride: Int,
-    b: Pointer[Float32, b_origin],
+    b: Pointer[Scalar[b_type], b_origin],
     b_stride: Int,
     depth: Int,
 ):
@@ -41,7 +41,7 @@ def tile[
         comptime for v in range(vectors):
             of_b[v] = b.unsafe_offset(
                 v // VECTORS * b_stride + k * PANEL + v % VECTORS * VECTOR
-            ).unsafe_load[width=VECTOR]()
+            ).unsafe_load[width=VECTOR]().cast[DType.float32]()
         comptime for r in range(rows):
             var of_a = Floats(a.unsafe_offset(r * a_stride + k)[])
             comptime for v in range(vectors):
@@ -53,14 +53,14 @@ def tile[
 
 @always_inline
 def columns[
-    panels: Int, a_origin: Origin, b_origin: Origin, TakeType: Take
+    panels: Int, a_origin: Origin, b_type: DType, b_origin: Origin, TakeType: Take
 ](
     take: TakeType,
     rows: Int,
     panel: Int,
     a: Pointer[Float32, a_origin],
     a_stride: Int,
-    b: Pointer[Float32, b_origin],
+    b: Pointer[Scalar[b_type], b_origin],
     b_stride: Int,
     depth: Int,
 ):
@@ -80,14 +80,14 @@ def columns[
 
 @always_inline
 def product[
-    a_origin: Origin, b_origin: Origin, TakeType: Take
+    a_origin: Origin, b_type: DType, b_origin: Origin, TakeType: Take
 ](
     take: TakeType,
     rows: Int,
     panels: Int,
     a: Pointer[Float32, a_origin],
     a_stride: Int,
-    b: Pointer[Float32, b_origin],
+    b: Pointer[Scalar[b_type], b_origin],
     b_stride: Int,
     depth: Int,
 ):
