@@ -41,8 +41,9 @@ parity: $(INSTALLED) ## is the encoder OpenAI's, tap by tap: make parity AUDIO=s
 faults: $(INSTALLED) ## what mistakes cost in words, the short form: about twenty faults, three recordings
 	@$(BIN)/python -m validation faults --short --restart --model '$(MODEL)'
 
-benchmark: $(DEVELOPED) ## all variants and peers, timed side by side, some minutes: make benchmark MODEL=tiny.en
-	@$(BIN)/python -m validation benchmark --model '$(MODEL)' $(if $(filter file,$(origin AUDIO)),,$(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)')
+benchmark: $(DEVELOPED) ## all variants and peers, timed side by side, most of an hour, into build/: make benchmark MODEL=tiny.en
+	@mkdir -p build
+	@$(BIN)/python -m validation benchmark --model '$(MODEL)' --json build/benchmark.json --markdown build/benchmark.md --svg build/benchmark.svg $(if $(filter file,$(origin AUDIO)),,$(if $(TRUTH),--truth '$(TRUTH)') '$(AUDIO)')
 
 test: check ## ruff, mypy and all tests
 	$(BIN)/python -m pytest

@@ -95,8 +95,9 @@ class MaxWhisper(whisper.Whisper):
     """`whisper.Whisper` on MAX's encoder, whose `decode`, and so `transcribe`, asks MAX's decoder.
 
     The language is detected, and the times of words are found, by the stock decoder in PyTorch,
-    whose tensors MAX's decoder is bound to: no second copy of them is made here, but of the token
-    embedding one in float16 (`decoder_bridge.engine.with_half`).
+    whose tensors MAX's decoder is bound to; the token embedding in float16
+    (`decoder_bridge.engine.with_half`). What products read MAX keeps a second time, in the order in
+    which they read it (`encoder.kernels.packed`).
     """
 
     max_decoder: Decoder

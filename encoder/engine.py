@@ -280,7 +280,8 @@ class Bound:
         self.dims = dims
         self._device = select_device(device)
         self.device = "cpu" if self._device.is_host else "gpu"
-        # MAX reads CPU weights in place on every execution: they live as long as the model.
+        # MAX reads biases and norms in place on every execution: they live as long as the model.
+        # What products read it has packed into memory of its own when it is bound.
         self._weights = weights
         self._what = KINDS[kind].what
         compiled = compiled_encoder(dims, self._device, kind)

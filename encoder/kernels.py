@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -19,33 +20,42 @@ from mojo.run import subprocess_run_mojo
 MOJO = Path(__file__).parent / "mojo"
 SOURCES = (__file__, *(str(path) for path in sorted(MOJO.glob("*.mojo"))))
 PANEL = 16  # channels; PANEL in product.mojo
+LIBRARY = "max_whisper.mojoc"
 
 
 class KernelError(RuntimeError):
     """The operations cannot be compiled; the message is one sentence."""
 
 
-@cache
-def _folder() -> tempfile.TemporaryDirectory:
-    return tempfile.TemporaryDirectory(prefix="max-whisper-mojo-")  # goes with the process
+_folders: list[tempfile.TemporaryDirectory] = []  # go with the process
+_alone = threading.Lock()
 
 
-@cache
 def compiled() -> Path:
-    """The operations, compiled for this process into a folder that goes with it; about a second.
+    """The operations, compiled for this process into a folder that goes with it; seconds, once.
 
     Raises KernelError."""
-    path = Path(_folder().name, "max_whisper.mojoc")
+    with _alone:
+        return _compiled()
+
+
+@cache
+def _compiled() -> Path:
     try:
+        _folders.append(tempfile.TemporaryDirectory(prefix="max-whisper-mojo-"))
+        path = Path(_folders[-1].name, LIBRARY)
         subprocess_run_mojo(
             ["precompile", str(MOJO), "-o", str(path)], check=True, capture_output=True
         )
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", b"") or str(error).encode()
-        lines = [x for x in said.decode(errors="replace").splitlines() if "error" in x] or [
-            str(error)
-        ]
-        raise KernelError(f"Mojo cannot compile {MOJO}: {lines[0]}") from error
+    except OSError as error:
+        raise KernelError(
+            f"cannot compile {MOJO} into {tempfile.gettempdir()}: {error.strerror or error}; set "
+            "TMPDIR to a folder that can be written"
+        ) from error
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").splitlines()
+        first = next((line for line in lines if "error" in line), str(error))
+        raise KernelError(f"Mojo cannot compile {MOJO}: {first}") from error
     return path
 
 
@@ -65,12 +75,25 @@ def library(device: DeviceRef, dtype: DType = DType.float32) -> KernelLibrary | 
 def serve(channels: int = 0) -> bool:
     """Whether the graph that is being built has these operations, and they have whole panels for so
     many channels, as in all of Whisper's sizes."""
-    return bool(Graph.current.kernel_libraries_paths) and channels % PANEL == 0
+    has = any(path.name == LIBRARY for path in Graph.current.kernel_libraries_paths)
+    return has and channels % PANEL == 0
+
+
+def served(x: TensorValue) -> bool:
+    """Of three dimensions, float32, on the CPU."""
+    return x.rank == 3 and x.dtype == DType.float32 and x.device.is_cpu()
+
+
+def require(name: str, fits: bool, *values: TensorValue) -> None:
+    """Raise ValueError where an operation would read other memory than its inputs'."""
+    if not fits:
+        given = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in values)
+        raise ValueError(f"{name} cannot take {given}")
 
 
 def packed(weight: TensorValue) -> TensorValue:
-    """weight (out, in) -> (panels, in, 16), with zeros behind the last channel; of an external
-    constant once, when it is bound."""
+    """weight (out, in) -> (panels, in, 16), with zeros behind the last channel: a copy, of an
+    external constant made once, when it is bound, of another value with each run."""
     n_out, n_in = (int(d) for d in weight.shape)
     panels = -(-n_out // PANEL)
     if missing := panels * PANEL - n_out:
@@ -81,6 +104,8 @@ def packed(weight: TensorValue) -> TensorValue:
 
 def linear(x: TensorValue, weight: TensorValue) -> TensorValue:
     """x (B, T, in) float32, weight (out, in) in any dtype -> (B, T, out)."""
+    fits = served(x) and weight.rank == 2 and x.shape[2] == weight.shape[1]
+    require("linear", fits, x, weight)
     batch, n_ctx, n_in = x.shape
     rows = ops.reshape(x, [batch * n_ctx, n_in])
     out = TensorType(x.dtype, [batch * n_ctx, weight.shape[0]], x.device)
@@ -91,14 +116,19 @@ def linear(x: TensorValue, weight: TensorValue) -> TensorValue:
 
 def conv1d(x: TensorValue, weight: TensorValue, stride: int) -> TensorValue:
     """Kernel 3, padding 1: x (B, frames, in), weight (out, in, 3) -> (B, frames / stride, out)."""
+    fits = served(x) and weight.rank == 3 and weight.shape[2] == 3
+    fits = fits and x.shape[2] == weight.shape[1] and int(weight.shape[0]) % PANEL == 0
+    require("conv1d", fits, x, weight)
     n_out, n_in, kernel = (int(d) for d in weight.shape)
     matrix = ops.reshape(ops.permute(weight, [0, 2, 1]), [n_out, kernel * n_in])
-    out = TensorType(x.dtype, [x.shape[0], int(x.shape[1]) // stride, n_out], x.device)
+    out = TensorType(x.dtype, [x.shape[0], -(-int(x.shape[1]) // stride), n_out], x.device)
     values, given = [x, packed(matrix)], {"stride": stride}
     return ops.custom("max_whisper.conv1d", x.device, values, [out], given)[0].tensor
 
 
 def qkv_attention(q: TensorValue, k: TensorValue, v: TensorValue, n_head: int) -> TensorValue:
     """q, k and v (B, T, n_state) -> wv (B, T, n_state): every frame looks at every frame."""
+    fits = served(q) and q.shape == k.shape == v.shape and k.dtype == v.dtype == q.dtype
+    require("qkv_attention", fits and int(q.shape[2]) % (n_head * PANEL) == 0, q, k, v)
     values, given = [q, k, v], {"n_head": n_head}
     return ops.custom("max_whisper.qkv_attention", q.device, values, [q.type], given)[0].tensor

@@ -193,8 +193,8 @@ def test_our_code_ran(demo_checkpoint, demo, decoder, features, tokens, expected
         state[name].copy_(kept)
 
 
-def test_the_step_reads_half_of_the_bytes(demo_checkpoint, decoder, features, tokens):
-    """`demo` is published in float16, so its step reads the embedding in float16, the same bits of
+def test_the_embedding_is_read_in_half_of_the_bytes(demo_checkpoint, decoder, features, tokens):
+    """`demo` is published in float16, so its embedding is read in float16, the same bits of
     logits; a checkpoint with one number that float16 lacks keeps float32."""
     name = "decoder.token_embedding.weight"
     other = demo_checkpoint.tensors[name].clone().float()

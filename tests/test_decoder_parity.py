@@ -166,6 +166,8 @@ def test_the_reference_was_checked_and_max_ran(passed: dict, demo_checkpoint: Ch
     assert 0 < alive["float64_relative_l2"] < 1e-5
     for name in ("no_mask_flash_attention_cpu", "masked_flash_attention_cpu"):
         assert passed["ran"]["kernels"][name] == 2 * layers
+    assert passed["ran"]["kernels"]["max_whisper.linear"] == 2 * layers + 2 * (8 * layers + 1)
+    assert passed["ran"]["kernels"]["matmul"] == 0
     assert passed["ran"]["output_changed_by"] > 1e-3
 
 

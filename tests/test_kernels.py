@@ -1,4 +1,4 @@
-"""The kernels whose time is measured are the encoder's, all of them; nothing is compiled here."""
+"""The kernels whose time is measured are the encoder's, all of them; no graph is compiled here."""
 
 from __future__ import annotations
 

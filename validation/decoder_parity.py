@@ -53,7 +53,13 @@ if TYPE_CHECKING:
     from validation.command import Recording
 
 CANDIDATES = ("max", "torch")
-KERNELS = ("no_mask_flash_attention_cpu", "masked_flash_attention_cpu", "matmul", "layer_norm")
+KERNELS = (
+    "max_whisper.linear",
+    "no_mask_flash_attention_cpu",
+    "masked_flash_attention_cpu",
+    "matmul",
+    "layer_norm",
+)
 
 # One stage alone: times what float32 costs the reference there. More than the encoder's, since
 # MAX's fused attention of a few tokens over a whole window rounds more than PyTorch's.

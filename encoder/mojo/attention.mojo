@@ -2,7 +2,7 @@
 
 Keys are taken KEYS at a time. What was summed over earlier keys is made smaller when a larger score
 comes (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018; Dao and others,
-"FlashAttention", 2022), so no row of scores is ever stored whole.
+"FlashAttention", 2022), so the scores of a task are small enough for it.
 """
 
 import extensibility
@@ -12,7 +12,7 @@ from std.math import ceildiv, round
 from std.memory import Layout, Pointer, alloc, bitcast
 
 from .product import Floats, PANEL, VECTOR, product
-from .share import share
+from .share import require_dense, share
 
 comptime QUERIES = 36  # rows of a task
 comptime KEYS = 192  # columns of scores at a time
@@ -90,6 +90,9 @@ struct QKVAttention:
         v: InputTensor[dtype=DType.float32, rank=3, ...],
         ctx: DeviceContext,
     ) raises:
+        require_dense("q", q.strides(), q.shape())
+        require_dense("k", k.strides(), k.shape())
+        require_dense("v", v.strides(), v.shape())
         var batch, n_ctx, n_state = q.dim_size(0), q.dim_size(1), q.dim_size(2)
         var size = n_state // n_head  # 64 in every Whisper
         var scale = Float32(LOG2_E) / Float32(size) ** 0.5

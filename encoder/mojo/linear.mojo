@@ -5,14 +5,15 @@ import extensibility
 from extensibility import InputTensor
 from extensibility import _FusedOutputTensor as FusedOutputTensor
 from max.gpu.host import DeviceContext
+from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv
 from std.utils.index import IndexList
 
 from .product import Floats, PANEL, PANELS, VECTOR, product
-from .share import share
+from .share import require_dense, share
 
 comptime BLOCK = 48  # rows of a task: whole tiles, in the second cache
-comptime TASKS = 32  # at least, where there are as many panels
+comptime TASKS = 16  # for each thread, where there are as many panels
 
 
 @extensibility.register("max_whisper.linear")
@@ -31,10 +32,13 @@ struct Linear:
         weight: InputTensor[rank=3, ...],
         ctx: DeviceContext,
     ) capturing raises:
+        require_dense("x", x.strides(), x.shape())
+        require_dense("weight", weight.strides(), weight.shape())
         var rows, n_in, n_out = x.dim_size(0), x.dim_size(1), y.dim_size(1)
         var x_ptr, w_ptr = x.unsafe_ptr(), weight.unsafe_ptr()
         var panels, blocks = weight.dim_size(0), ceildiv(rows, BLOCK)
-        var group = ceildiv(ceildiv(panels * blocks, TASKS), PANELS) * PANELS
+        var tasks = TASKS * parallelism_level(None)
+        var group = max(1, ceildiv(ceildiv(panels * blocks, tasks), PANELS)) * PANELS
         var groups = ceildiv(panels, group)
 
         def block(i: Int) {imm}:
@@ -82,6 +86,8 @@ struct Conv1d:
         weight: InputTensor[dtype=DType.float32, rank=3, ...],
         ctx: DeviceContext,
     ) capturing raises:
+        require_dense("x", x.strides(), x.shape())
+        require_dense("weight", weight.strides(), weight.shape())
         var n_ctx, frames, n_in = y.dim_size(1), x.dim_size(1), x.dim_size(2)
         var x_ptr, w_ptr = x.unsafe_ptr(), weight.unsafe_ptr()
         var panels, blocks = weight.dim_size(0), ceildiv(n_ctx, BLOCK)
