@@ -272,7 +272,8 @@ def notes(found: Found) -> list[str]:
         f"seconds are medians, ratios those of medians, with the interval of 95 % of the bootstrap "
         "over rounds (none below 5 rounds).",
         f"{found['threads']} threads for every system, each in a process of its own that is "
-        "stopped while another one is measured.",
+        "stopped while another one is measured; an encoder computes one window, which is not "
+        "timed, each time that it goes on.",
         "relative L2: of the features, from stock openai-whisper in float64; what is beyond its "
         "precision's limit is not timed, nor is a peer's transcript where more than "
         f"{100 * TEXT_LIMIT:.0f} % of the words differ from {REFERENCE}'s.",
