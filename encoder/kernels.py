@@ -87,7 +87,7 @@ def served(x: TensorValue) -> bool:
 def require(name: str, fits: bool, *values: TensorValue) -> None:
     """Raise ValueError where an operation would read other memory than its inputs'."""
     if not fits:
-        given = ", ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in values)
+        given = ", ".join(f"{x.dtype.name} ({', '.join(map(str, x.shape))})" for x in values)
         raise ValueError(f"{name} cannot take {given}")
 
 

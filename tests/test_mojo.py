@@ -179,7 +179,9 @@ def test_sizes_that_do_not_fit_are_refused_or_maxs(demo_checkpoint):
     types = [f32(2, 6, 32), f32(48, 33), f32(40, 32, 3), f32(40), f32(2, 6, 48), f32(2, 6, 24)]
     with Graph("sizes", input_types=types, kernel_library=kernels.library(CPU)) as graph:
         x, matrix, kernel, bias, k, small = (value.tensor for value in graph.inputs)
-        with pytest.raises(ValueError, match=r"linear cannot take .*\[2, 6, 32\]"):
+        with pytest.raises(
+            ValueError, match=r"linear cannot take float32 \(2, 6, 32\), float32 \(48, 33\)"
+        ):
             kernels.linear(x, matrix)
         with pytest.raises(ValueError, match=r"linear cannot take"):
             kernels.linear(ops.cast(x, DType.float16), matrix)
