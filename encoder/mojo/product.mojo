@@ -1,9 +1,9 @@
 """A matrix product in registers: rows of `a` times panels of `b`.
 
 `a` lies by rows, any distance apart; `b` lies in panels of 16 columns, each panel (depth, 16), so
-that one step of the sum reads whole vectors; in another dtype than float32 they are cast then. A tile of ROWS rows and PANELS panels is summed in
-registers over the whole depth and given away once: nothing is read twice, nothing is added to what
-is already stored. With AVX2 it is 6 by 16, twelve of sixteen registers; with AVX-512 12 by 32.
+that one step of the sum reads whole vectors; another dtype than float32 is cast as it is read. A
+tile of ROWS rows and PANELS panels is summed in registers over the whole depth and given away once.
+With AVX2 it is 6 by 16, twelve of sixteen registers; with AVX-512 12 by 32.
 """
 
 from std.memory import Pointer
