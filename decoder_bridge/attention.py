@@ -32,7 +32,7 @@ def build(dims: ModelDimensions, device: DeviceRef) -> Graph:
     shapes = attention_shapes(dims)
     types = [TensorType(DType.float32, ["batch", dims.n_audio_ctx, dims.n_audio_state], device)]
     types += [TensorType(DType.float32, shape, device) for shape in shapes.values()]
-    library = kernels.library(device)
+    library = kernels.operations(device)
     with Graph("whisper_audio_attention", input_types=types, kernel_library=library) as graph:
         x, *tensors = (value.tensor for value in graph.inputs)
         weight = dict(zip((f"attn.{name}" for name in shapes), tensors, strict=True))

@@ -194,7 +194,7 @@ def add_keys_values(module: Module, dims: ModelDimensions, device: DeviceRef) ->
     """Add the graph that is run once for a window: features (A, 1500, 384) -> for each block the
     keys, then the values, of its cross attention."""
     features = TensorType(DType.float32, ["audio", dims.n_audio_ctx, dims.n_text_state], device)
-    library = kernels.library(device)
+    library = kernels.operations(device)
     with Graph(KEYS_VALUES, input_types=[features], module=module, kernel_library=library) as graph:
         weight = external_weights(decoder_shapes(dims), device)
         found = cross_keys_values(graph.inputs[0].tensor, weight, dims)
@@ -227,7 +227,7 @@ def add_decoder(
         *[seen for _ in names],
         *[BufferType(DType.float32, shape, device) for _ in names],
     ]
-    called, library = STEP if step else DECODER, kernels.library(device)
+    called, library = STEP if step else DECODER, kernels.operations(device)
     with Graph(called, input_types=types, module=module, kernel_library=library) as graph:
         inputs = list(graph.inputs)
         tokens, mask = inputs[0].tensor, inputs[1].tensor
@@ -285,7 +285,7 @@ def build_tapped(dims: ModelDimensions, device: DeviceRef) -> Graph:
         return x
 
     types = tapped_types(dims, "tokens", device)
-    library = kernels.library(device)
+    library = kernels.operations(device)
     with Graph("whisper_text_decoder_taps", input_types=types, kernel_library=library) as graph:
         teacher_forcing(graph, dims, device, tap)
         graph.output(*taps)

@@ -12,8 +12,8 @@ graph of single stages. Two arguments make that possible:
     tap(name, x) -> TensorValue    looks at `x` and returns what the network goes on with
 
 Products and attention are written here with MAX's operations, which run on any device in any dtype.
-A graph that is built with `kernels.library` has this project's own in their place, written in Mojo,
-for the CPU in float32: the same function, another order of the sums.
+A graph that is built with `kernels.operations` has this project's own in their place, written in
+Mojo, for the CPU in float32: the same function, another order of the sums.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def build(dims: ModelDimensions, device: DeviceRef, dtype: DType = DType.float32
     Both are float32; between them the network computes in `dtype`.
     """
     weight = external_weights(encoder_shapes(dims), device, dtype)
-    types, library = [mel_type(dims, device)], kernels.library(device, dtype)
+    types, library = [mel_type(dims, device)], kernels.operations(device, dtype)
     with Graph("whisper_audio_encoder", input_types=types, kernel_library=library) as graph:
         features = encoder(graph.inputs[0].tensor, weight, dims, dtype=dtype)
         graph.output(ops.cast(features, DType.float32))
@@ -233,7 +233,7 @@ def build_tapped(dims: ModelDimensions, device: DeviceRef, dtype: DType = DType.
         taps.append(ops.cast(x, DType.float32))
         return x
 
-    types, library = [mel_type(dims, device)], kernels.library(device, dtype)
+    types, library = [mel_type(dims, device)], kernels.operations(device, dtype)
     with Graph("whisper_audio_encoder_taps", input_types=types, kernel_library=library) as graph:
         encoder(graph.inputs[0].tensor, weight, dims, tap, dtype)
         graph.output(*taps)
@@ -272,7 +272,7 @@ def build_stages(dims: ModelDimensions, device: DeviceRef) -> Graph:
     types = [TensorType(DType.float32, ["batch", *shape], device) for shape in shapes.values()]
     types += [TensorType(DType.float32, shape, device) for shape in weights.values()]
     answers: list[TensorValue] = []
-    library = kernels.library(device)
+    library = kernels.operations(device)
     with Graph("whisper_audio_encoder_stages", input_types=types, kernel_library=library) as graph:
         inputs = [value.tensor for value in graph.inputs]
         reference = dict(zip(shapes, inputs, strict=False))  # the first of them

@@ -1,7 +1,7 @@
 """The operations of `encoder/mojo` in a graph: products and attention of the encoder on the CPU.
 
 They compute what MAX's own do, in float32, in less time (docs/kernels.md). A graph that is built
-with their `library` uses them, every other one MAX's. What is added to a product or made of it,
+with `operations` uses them, every other one MAX's. What is added to a product or made of it,
 bias, GELU, residual, the compiler fuses into its store, as with its own.
 """
 
@@ -66,8 +66,8 @@ def _library() -> KernelLibrary:
     return found
 
 
-def library(device: DeviceRef, dtype: DType = DType.float32) -> KernelLibrary | None:
-    """What a graph is built with, `Graph(..., kernel_library=library(device))`, that shall have
+def operations(device: DeviceRef, dtype: DType = DType.float32) -> KernelLibrary | None:
+    """What a graph is built with, `Graph(..., kernel_library=operations(device))`, that shall have
     these operations where they serve; None: they do not, on this device or in this dtype."""
     return _library() if device.is_cpu() and dtype == DType.float32 else None
 

@@ -30,7 +30,7 @@ def f32(*shape: int | str) -> TensorType:
 @pytest.fixture(scope="module")
 def models() -> dict[str, Model]:
     """All graphs in one module, compiled once; their weights are inputs, the batch is any."""
-    module, library = Module(), kernels.library(CPU)
+    module, library = Module(), kernels.operations(CPU)
 
     def graph(name: str, *types: TensorType) -> Graph:
         return Graph(name, input_types=types, module=module, kernel_library=library)
@@ -164,20 +164,20 @@ def test_views_of_other_tensors(models):
 
 def test_a_graph_without_the_library_has_maxs_own(demo_checkpoint):
     """As on a GPU, and in another dtype: none of ours is asked for there."""
-    assert kernels.library(CPU, DType.float16) is None
-    assert kernels.library(DeviceRef.GPU()) is None
+    assert kernels.operations(CPU, DType.float16) is None
+    assert kernels.operations(DeviceRef.GPU()) is None
     types = [f32(1, 6, 32), f32(48, 32), f32(48)]
     with Graph("plain", input_types=types) as graph:
         graph.output(linear(*(value.tensor for value in graph.inputs)))
     assert "max_whisper" not in str(graph)
-    with Graph("own", input_types=types, kernel_library=kernels.library(CPU)) as graph:
+    with Graph("own", input_types=types, kernel_library=kernels.operations(CPU)) as graph:
         graph.output(linear(*(value.tensor for value in graph.inputs)))
     assert "max_whisper.linear" in str(graph)
 
 
 def test_sizes_that_do_not_fit_are_refused_or_maxs(demo_checkpoint):
     types = [f32(2, 6, 32), f32(48, 33), f32(40, 32, 3), f32(40), f32(2, 6, 48), f32(2, 6, 24)]
-    with Graph("sizes", input_types=types, kernel_library=kernels.library(CPU)) as graph:
+    with Graph("sizes", input_types=types, kernel_library=kernels.operations(CPU)) as graph:
         x, matrix, kernel, bias, k, small = (value.tensor for value in graph.inputs)
         with pytest.raises(
             ValueError, match=r"linear cannot take float32 \(2, 6, 32\), float32 \(48, 33\)"

@@ -42,7 +42,7 @@ from encoder.graph import (
     linear,
     qkv_attention,
 )
-from encoder.kernels import library
+from encoder.kernels import operations
 from validation.metrics import relative_l2
 from validation.parity import commit, processor
 from validation.reference import stock_encoder
@@ -172,7 +172,7 @@ def build(dims: ModelDimensions, device: DeviceRef) -> Module:
     for kernel in kernels_of(dims):
         types = [TensorType(DType.float32, [1, *shape], device) for shape in kernel.shapes]
         with Graph(
-            kernel.name, input_types=types, module=module, kernel_library=library(device)
+            kernel.name, input_types=types, module=module, kernel_library=operations(device)
         ) as graph:
             weight = external_weights(encoder_shapes(dims), device)
             graph.output(kernel.ours([value.tensor for value in graph.inputs], weight))
