@@ -42,12 +42,35 @@ def no_tap(name: str, x: TensorValue) -> TensorValue:
     return x
 
 
+def halves(x: TensorValue) -> tuple[TensorValue, TensorValue]:
+    """x -> two tensors whose sum is x, the first with 11 significant bits, the second with the 13
+    that are left (Dekker, "A floating-point technique for extending the available precision",
+    1971)."""
+    up = x * (2.0**13 + 1)
+    upper = up - (up - x)
+    return upper, x - upper
+
+
+def product(x: TensorValue, y: TensorValue) -> TensorValue:
+    """`x @ y`, in float32 also where MAX rounds the factors to 11 bits, TF32: on a GPU. There each
+    factor is two, and of their four products the one that float32 would not see is left out."""
+    if x.device.is_cpu() or x.dtype != DType.float32:
+        return x @ y
+    (x1, x2), (y1, y2) = halves(x), halves(y)
+    return x1 @ y1 + (x1 @ y2 + x2 @ y1)
+
+
+def gelu(x: TensorValue) -> TensorValue:
+    """`GELU`, exact: x * Phi(x), no tanh; of any shape."""
+    return kernels.gelu(x) if kernels.serve() else ops.gelu(x, approximate="none")
+
+
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> TensorValue:
     """`Linear`: x (..., in), weight (out, in), bias (out,) or none -> (..., out), in x's dtype."""
     if kernels.serve():
         y = kernels.linear(x, weight)
     else:
-        y = x @ ops.transpose(ops.cast(weight, x.dtype), 0, 1)
+        y = product(x, ops.transpose(ops.cast(weight, x.dtype), 0, 1))
     return y if bias is None else y + ops.cast(bias, x.dtype)
 
 
@@ -67,7 +90,7 @@ def conv1d(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) 
     views = [padded[:, tap : tap + int(frames) : stride, :] for tap in range(kernel)]
     columns = ops.concat(views, axis=2)  # (B, frames / stride, 3 * in)
     matrix = ops.reshape(ops.permute(weight, [2, 1, 0]), [kernel * n_in, n_out])
-    return columns @ ops.cast(matrix, x.dtype) + ops.cast(bias, x.dtype)
+    return product(columns, ops.cast(matrix, x.dtype)) + ops.cast(bias, x.dtype)
 
 
 def layer_norm(x: TensorValue, weight: WeightSource, name: str) -> TensorValue:
@@ -84,9 +107,9 @@ def stem(
     `dtype`."""
     x = ops.permute(ops.cast(tap("mel", mel), dtype), [0, 2, 1])  # (B, 80, 3000) -> (B, 3000, 80)
     x = tap("conv1", conv1d(x, weight("conv1.weight"), weight("conv1.bias"), stride=1))
-    x = tap("conv1.gelu", ops.gelu(x, approximate="none"))  # (B, 3000, 384)
+    x = tap("conv1.gelu", gelu(x))  # (B, 3000, 384)
     x = tap("conv2", conv1d(x, weight("conv2.weight"), weight("conv2.bias"), stride=2))
-    x = tap("conv2.gelu", ops.gelu(x, approximate="none"))  # (B, 1500, 384)
+    x = tap("conv2.gelu", gelu(x))  # (B, 1500, 384)
     x = ops.cast(x, DType.float32) + weight("positional_embedding")
     return tap("positional_embedding", ops.cast(x, dtype))
 
@@ -110,11 +133,11 @@ def qkv_attention(
         return ops.permute(split, [0, 2, 1, 3])
 
     scale = n_head_state**-0.5  # 1/sqrt(64); OpenAI gives 64**-0.25 to q and to k
-    qk = ops.cast(heads(q) @ ops.transpose(heads(k), 2, 3), DType.float32)
+    qk = ops.cast(product(heads(q), ops.transpose(heads(k), 2, 3)), DType.float32)
     scores = qk * scale  # (B, 6, T, n)
     if mask is not None:
         scores = scores + mask
-    wv = ops.cast(ops.softmax(scores), q.dtype) @ heads(v)  # (B, 6, T, 64)
+    wv = product(ops.cast(ops.softmax(scores), q.dtype), heads(v))  # (B, 6, T, 64)
     return ops.reshape(ops.permute(wv, [0, 2, 1, 3]), [batch, n_ctx, n_state])
 
 
@@ -148,7 +171,7 @@ def attention(
 def mlp(x: TensorValue, weight: WeightSource, name: str, tap: Tap = no_tap) -> TensorValue:
     """Linear, exact GELU, Linear: x (B, T, n_state) -> (B, T, 4 * n_state) -> (B, T, n_state)."""
     x = tap(f"{name}.0", linear(x, weight(f"{name}.0.weight"), weight(f"{name}.0.bias")))
-    x = tap(f"{name}.1", ops.gelu(x, approximate="none"))
+    x = tap(f"{name}.1", gelu(x))
     return tap(f"{name}.2", linear(x, weight(f"{name}.2.weight"), weight(f"{name}.2.bias")))
 
 

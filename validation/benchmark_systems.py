@@ -22,6 +22,7 @@ BATCHED_NAME = f"max-fast-batch{BATCHED}"
 # Another way to run a variant; cpu's shows what of a gain is the batch's and what the engine's.
 SPECIAL: dict[str, dict[str, Any]] = {
     "gpu-float16": {"variant": "gpu", "fp16": True},
+    "max-gpu": {"variant": "max", "device": "gpu"},
     f"cpu-batch{BATCHED}": {"variant": "cpu", "batch_size": BATCHED},
     **{f"max-fast-batch{n}": {"variant": "max-fast", "batch_size": n} for n in (2, 4, BATCHED)},
 }
@@ -79,7 +80,14 @@ class System:
 class Ours:
     """A variant of ours; stock openai-whisper is one of them."""
 
-    def __init__(self, job: Job, variant: str, fp16: bool = False, batch_size: int | None = None):
+    def __init__(
+        self,
+        job: Job,
+        variant: str,
+        fp16: bool = False,
+        batch_size: int | None = None,
+        device: str = "auto",
+    ):
         import torch
 
         import weights
@@ -87,7 +95,7 @@ class Ours:
 
         torch.set_num_threads(job.threads)
         self._model: Any = VARIANTS[variant].load(
-            weights.load(job.model, offline=job.offline), "auto"
+            weights.load(job.model, offline=job.offline), device
         )
         self._dtype = torch.float16 if fp16 else torch.float32
         self._options: dict[str, Any] = {"temperature": 0.0, "fp16": fp16}
@@ -119,6 +127,7 @@ def ours(
     name: str | None = None,
     fp16: bool = False,
     batch_size: int | None = None,
+    device: str = "auto",
 ) -> System:
     """A system of ours: a variant, or another way to run it."""
     from decoder_bridge.variants import VARIANTS, reason_against
@@ -129,6 +138,8 @@ def ours(
         what += ", in float16"
     if batch_size is not None:
         what += f", {batch_size} independent windows at a time"
+    if device != "auto":
+        what += f", on --device {device}"
     stock = variant in ("cpu", "gpu")
     return System(
         name=name or variant,
@@ -139,8 +150,8 @@ def ours(
         encodes=batch_size is None and variant != "max-fast",
         transcribes=True,
         compiles=not stock and batch_size is None,  # else the graphs of the variant
-        load=lambda job: Ours(job, variant, fp16, batch_size),
-        cannot_run=lambda: reason_against(variant, "auto"),
+        load=lambda job: Ours(job, variant, fp16, batch_size, device),
+        cannot_run=lambda: reason_against(variant, device),
         packages=("torch", "openai-whisper") if stock else ("max", "torch", "openai-whisper"),
     )
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import weights
 from decoder_bridge.model import stock_model
 from encoder.audio import N_SAMPLES, AudioError, load_audio, require_file, windows
-from encoder.engine import EngineError
+from encoder.engine import DEVICES, EngineError
 from validation import decoder_parity, golden, page, report
 from validation.candidates import (
     Candidate,
@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="what is compared (encoder)",
     )
     add("--candidate", default="max", help="what is compared, see below (max)")
+    add("--device", choices=DEVICES, default="auto", help="where the candidate max runs (the CPU)")
     add("--candidate-model", help="other weights for the candidate than the reference's")
     add("--windows", type=int, help="only the first N 30 s windows of each file (all)")
     add(
@@ -107,6 +108,8 @@ def check_usage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--windows must be 1 or more")
     if args.truth is not None and (len(args.audio) != 1 or args.transcript is False):
         parser.error("--truth belongs to one audio file and to the transcript")
+    if args.device == "gpu" and (args.part == "decoder" or args.candidate != "max"):
+        parser.error("--device gpu is for the encoder of the candidate max alone")
     dumped = args.candidate.startswith("npz:")
     if args.candidate_model is not None and (dumped or args.candidate.startswith("onnx:")):
         parser.error(f"{args.candidate} has its own weights: --candidate-model has no effect on it")
@@ -295,7 +298,7 @@ def compare(args: argparse.Namespace, command: str) -> dict[str, Any]:
     wanted = wants_transcript(args, checkpoint)
     dims = checkpoint.dims
     reference = Reference(checkpoint) if args.load is None else None
-    candidate = resolve(args.candidate, other or checkpoint)
+    candidate = resolve(args.candidate, other or checkpoint, args.device)
     found: list[Recording] = []
     if reference is not None:
         found = recordings(args, dims.n_mels)

@@ -1,13 +1,15 @@
 """The encoder on an NVIDIA GPU: is it right, how fast is it, what text comes of it.
 
     python docs/gpu/measure.py OUT.json float32 graph TINY_EN.safetensors JFK.flac
+    python docs/gpu/measure.py OUT.json taps bfloat16 JFK.flac
     python docs/gpu/measure.py OUT.json products
     python docs/gpu/measure.py OUT.json torch TINY_EN.safetensors JFK.flac
 
-float32, or bfloat16, or float16; `graph` is encoder/graph.py as it is, `flash` has MAX's own
-attention kernel for GPUs in it. Each call compiles one graph, compares it with stock openai-whisper
-in float32 on the CPU, and times it; `products` compares single matrix products with float64;
-`torch` does for PyTorch on CUDA what the first does for MAX. docs/gpu.md has the results.
+float32, or bfloat16, or float16; `graph` is encoder/graph.py as it is, `plain` has MAX's product
+where that has three of halves in float32, `flash` has MAX's own attention kernel for GPUs in it.
+Each call compiles one graph, compares it with stock openai-whisper in float32 on the CPU, and times
+it; `taps` compares every tap of one window; `products` compares single matrix products with
+float64; `torch` does for PyTorch on CUDA what the first does for MAX. docs/gpu.md has the results.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import encoder.graph as graph
 import weights
 from decoder_bridge.model import stock_model
 from encoder.audio import load_audio, windows
+from validation.reference import Reference
 
 DTYPES = {
     "float32": (DType.float32, torch.float32),
@@ -70,7 +73,15 @@ def on_cpu(results: list[Buffer]) -> list[Tensor]:
     return [torch.from_dlpack(result.to(CPU())).clone() for result in results]
 
 
+def plain(x: TensorValue, y: TensorValue) -> TensorValue:
+    """As `encoder.graph.product`."""
+    return x @ y
+
+
 def products(gpu: Accelerator) -> dict[str, Any]:
+    ways = [(*dtypes, plain) for dtypes in DTYPES.values()]
+    ways.append((*DTYPES["float32"], graph.product))
+    names = [*DTYPES, "float32, of halves"]
     types = []
     for n_in, n_out in SHAPES:
         types.append(TensorType(DType.float32, ["m", n_in], DeviceRef.GPU()))
@@ -79,8 +90,8 @@ def products(gpu: Accelerator) -> dict[str, Any]:
         given = [value.tensor for value in made.inputs]
         made.output(
             *(
-                ops.cast(ops.cast(x, dtype) @ ops.cast(w, dtype), DType.float32)
-                for dtype, _ in DTYPES.values()
+                ops.cast(multiply(ops.cast(x, dtype), ops.cast(w, dtype)), DType.float32)
+                for dtype, _, multiply in ways
                 for x, w in zip(given[::2], given[1::2], strict=True)
             )
         )
@@ -94,7 +105,7 @@ def products(gpu: Accelerator) -> dict[str, Any]:
             tensors.append(torch.randn(m, n_in, generator=generator))
             tensors.append(torch.randn(n_in, n_out, generator=generator))
         answers = on_cpu(model.execute(*[Buffer.from_dlpack(x).to(gpu) for x in tensors]))
-        for name, (_, dtype) in DTYPES.items():
+        for name, (_, dtype, _) in zip(names, ways, strict=True):
             for x, w in zip(tensors[::2], tensors[1::2], strict=True):
                 x, w = x.to(dtype), w.to(dtype)
                 right = x.double() @ w.double()
@@ -171,6 +182,8 @@ def of_max(name: str, form: str, tiny_en: str, jfk: str) -> dict[str, Any]:
     gpu = Accelerator()
     if form == "flash":
         graph.qkv_attention = flash
+    if form in ("plain", "flash"):
+        graph.product = plain
     demo = weights.load("demo")
     session = InferenceSession(devices=[gpu])
     compiled = session.compile(graph.build(demo.dims, DeviceRef.GPU(), dtype))
@@ -215,6 +228,30 @@ def of_max(name: str, form: str, tiny_en: str, jfk: str) -> dict[str, Any]:
     ours.encoder = Encoder()
     found["transcripts"] = transcripts(ours)
     return found
+
+
+def taps(name: str, jfk: str) -> dict[str, Any]:
+    """Every tap of the network in one dtype against the stock encoder's in float32."""
+    dtype, torch_dtype = DTYPES[name]
+    gpu, demo = Accelerator(), weights.load("demo")
+    session = InferenceSession(devices=[gpu])
+    tensors = Reference(demo).stock.state_dict()
+    bound = {
+        n: tensors[n]
+        .to(torch_dtype if graph.kept_as(n, shape, dtype) == dtype else torch.float32)
+        .contiguous()
+        for n, shape in graph.encoder_shapes(demo.dims).items()
+    }
+    compiled = session.compile(graph.build_tapped(demo.dims, DeviceRef.GPU(), dtype))
+    model = session.init(compiled, weights_registry=bound)
+    mel = clips(jfk)["jfk"]
+    answers = on_cpu(model.execute(Buffer.from_dlpack(mel.contiguous()).to(gpu)))
+    right = Reference(demo).taps(mel)
+    rows = [
+        {"tap": tap, "relative_l2": relative_l2(answer, right[tap])}
+        for tap, answer in zip(graph.tap_names(demo.dims), answers, strict=True)
+    ]
+    return {"dtype": name, "rows": rows}
 
 
 def of_torch(tiny_en: str, jfk: str) -> dict[str, Any]:
@@ -263,6 +300,8 @@ def transcripts(model: Any) -> list[dict[str, Any]]:
 def main(out: str, what: str, *rest: str) -> None:
     if what == "products":
         found = products(Accelerator())
+    elif what == "taps":
+        found = taps(*rest)
     elif what == "torch":
         found = of_torch(*rest)
     else:
