@@ -42,24 +42,6 @@ def no_tap(name: str, x: TensorValue) -> TensorValue:
     return x
 
 
-def halves(x: TensorValue) -> tuple[TensorValue, TensorValue]:
-    """x -> two tensors whose sum is x, the first with 11 significant bits, the second with the 13
-    that are left (Dekker, "A floating-point technique for extending the available precision",
-    1971)."""
-    up = x * (2.0**13 + 1)
-    upper = up - (up - x)
-    return upper, x - upper
-
-
-def product(x: TensorValue, y: TensorValue) -> TensorValue:
-    """`x @ y`, in float32 also where MAX rounds the factors to 11 bits, TF32: on a GPU. There each
-    factor is two, and of their four products the one that float32 would not see is left out."""
-    if x.device.is_cpu() or x.dtype != DType.float32:
-        return x @ y
-    (x1, x2), (y1, y2) = halves(x), halves(y)
-    return x1 @ y1 + (x1 @ y2 + x2 @ y1)
-
-
 def gelu(x: TensorValue) -> TensorValue:
     """`GELU`, exact: x * Phi(x), no tanh; of any shape."""
     return kernels.gelu(x) if kernels.serve() else ops.gelu(x, approximate="none")
@@ -70,7 +52,7 @@ def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None) -> Ten
     if kernels.serve():
         y = kernels.linear(x, weight)
     else:
-        y = product(x, ops.transpose(ops.cast(weight, x.dtype), 0, 1))
+        y = x @ ops.transpose(ops.cast(weight, x.dtype), 0, 1)
     return y if bias is None else y + ops.cast(bias, x.dtype)
 
 
@@ -90,7 +72,7 @@ def conv1d(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) 
     views = [padded[:, tap : tap + int(frames) : stride, :] for tap in range(kernel)]
     columns = ops.concat(views, axis=2)  # (B, frames / stride, 3 * in)
     matrix = ops.reshape(ops.permute(weight, [2, 1, 0]), [kernel * n_in, n_out])
-    return product(columns, ops.cast(matrix, x.dtype)) + ops.cast(bias, x.dtype)
+    return columns @ ops.cast(matrix, x.dtype) + ops.cast(bias, x.dtype)
 
 
 def layer_norm(x: TensorValue, weight: WeightSource, name: str) -> TensorValue:
@@ -133,11 +115,11 @@ def qkv_attention(
         return ops.permute(split, [0, 2, 1, 3])
 
     scale = n_head_state**-0.5  # 1/sqrt(64); OpenAI gives 64**-0.25 to q and to k
-    qk = ops.cast(product(heads(q), ops.transpose(heads(k), 2, 3)), DType.float32)
+    qk = ops.cast(heads(q) @ ops.transpose(heads(k), 2, 3), DType.float32)
     scores = qk * scale  # (B, 6, T, n)
     if mask is not None:
         scores = scores + mask
-    wv = product(ops.cast(ops.softmax(scores), q.dtype), heads(v))  # (B, 6, T, 64)
+    wv = ops.cast(ops.softmax(scores), q.dtype) @ heads(v)  # (B, 6, T, 64)
     return ops.reshape(ops.permute(wv, [0, 2, 1, 3]), [batch, n_ctx, n_state])
 
 

@@ -116,7 +116,7 @@ def kernels_of(dims: ModelDimensions) -> list[Kernel]:
             (shape,),
             count,
             0,
-            lambda x, _: ops.gelu(x[0], approximate="none"),
+            lambda x, _: encoder.graph.gelu(x[0]),
             lambda x, _: F.gelu(x[0]),
         )
 
