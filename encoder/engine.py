@@ -36,6 +36,7 @@ from weights import Checkpoint
 DEVICES = ("auto", "cpu", "gpu")
 SET_TIMER_SLACK, GET_TIMER_SLACK = 29, 30  # of prctl, linux/prctl.h
 TIMER_SLACK = 20_000_000  # nanoseconds
+_libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
 
 
 class EngineError(Exception):
@@ -281,19 +282,18 @@ def calm() -> Iterator[None]:
     """Threads that start inside wake late from a sleep of a given length, by up to TIMER_SLACK.
 
     With the first execution of a process MAX starts a thread that wakes every 100 us from then on,
-    each time at the cost of one that computes (docs/kernels.md). A thread inherits the timer slack
-    of the one that starts it, on Linux; elsewhere nothing is done.
+    each time at the cost of one that computes (docs/kernels.md). On Linux a thread inherits the
+    timer slack of the one that starts it; elsewhere nothing is done.
     """
-    if not sys.platform.startswith("linux"):
+    if _libc is None:
         yield
         return
-    prctl = ctypes.CDLL(None).prctl
-    before = prctl(GET_TIMER_SLACK)
-    prctl(SET_TIMER_SLACK, ctypes.c_ulong(TIMER_SLACK))
+    before = _libc.prctl(GET_TIMER_SLACK)
+    _libc.prctl(SET_TIMER_SLACK, ctypes.c_ulong(TIMER_SLACK))
     try:
         yield
     finally:
-        prctl(SET_TIMER_SLACK, ctypes.c_ulong(before))
+        _libc.prctl(SET_TIMER_SLACK, ctypes.c_ulong(before))
 
 
 class Bound:

@@ -82,6 +82,8 @@ def test_windows_are_all_different():
 def test_every_variant_and_peer_is_a_system():
     assert [system(name).name for name in (*OURS, *PEERS)] == [*OURS, *PEERS]
     assert system("gpu-float16").precision == "float16"
+    assert system("gpu").precision == system("max-gpu").precision == "tf32"  # docs/gpu.md
+    assert system("max").precision == "float32"
     assert not system(BATCHED_NAME).encodes
     assert not system(BATCHED_NAME).compiles
     assert system("max-fast").compiles

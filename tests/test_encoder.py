@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +211,41 @@ def test_unknown_device(demo_checkpoint):
 def test_gpu_without_one_is_an_error(demo_checkpoint):
     with pytest.raises(EngineError, match="MAX sees none"):
         Engine(demo_checkpoint, "gpu")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="timer slack is Linux's")
+def test_threads_of_an_execution_sleep_long_and_its_caller_as_before():
+    libc, found = ctypes.CDLL(None), []
+    before = libc.prctl(encoder.engine.GET_TIMER_SLACK)
+
+    def ask() -> None:
+        found.append(libc.prctl(encoder.engine.GET_TIMER_SLACK))
+
+    thread = threading.Thread(target=ask)
+    with encoder.engine.calm():
+        thread.start()
+        thread.join()
+    assert found == [encoder.engine.TIMER_SLACK] != [before]
+    assert libc.prctl(encoder.engine.GET_TIMER_SLACK) == before
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="read from /proc")
+def test_no_thread_of_a_process_that_waits_keeps_waking():
+    """MAX starts one with the first execution; it would wake some thousand times in this time."""
+    program = (
+        "import time, torch, weights, pathlib\n"
+        "from encoder.engine import Engine\n"
+        "Engine(weights.load('demo', offline=True))(torch.zeros(1, 80, 3000))\n"
+        "def wakes():\n"
+        "    lines = [line for task in pathlib.Path('/proc/self/task').iterdir()\n"
+        "             for line in (task / 'status').read_text().splitlines()]\n"
+        "    return sum(int(line.split()[1]) for line in lines if line.startswith('voluntary'))\n"
+        "before = wakes(); time.sleep(1); print(wakes() - before)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=1200
+    )
+    assert int(ran.stdout.splitlines()[-1]) < 500
 
 
 @pytest.mark.parametrize("dtype", [DType.float16, DType.bfloat16], ids=str)

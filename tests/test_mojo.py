@@ -12,7 +12,7 @@ from torch import Tensor
 
 from encoder import kernels
 from encoder.engine import EngineError, compile_encoder, select_device
-from encoder.graph import conv1d, linear, qkv_attention
+from encoder.graph import conv1d, gelu, linear, qkv_attention
 from validation.metrics import relative_l2
 
 FRAMES = (1, 2, 5, 6, 47, 48, 49, 97)  # tiles of 6 or 12 rows, blocks of 48
@@ -51,6 +51,8 @@ def models() -> dict[str, Model]:
             types = [f32("batch", n_ctx, N_HEAD * size)] * 3
             with graph(f"attention {n_ctx} {size}", *types) as g:
                 g.output(qkv_attention(*(value.tensor for value in g.inputs), N_HEAD))
+    with graph("gelu", f32("n")) as g:
+        g.output(gelu(g.inputs[0].tensor))
     views = f32("batch", 2 * N_IN, 12), f32(2 * N_IN, 3 * N_IN)
     with graph("views", *views) as g:  # of which a product and an attention read a part
         x, w = (value.tensor for value in g.inputs)
@@ -130,6 +132,22 @@ def test_later_keys_may_score_higher_or_lower(models):
         expected = expected_attention(q, k, v)
         error = relative_l2(theirs.reshape(q.shape), expected)
         assert relative_l2(found, expected) <= min(4 * max(error, 1e-6), 2e-4)
+
+
+def test_gelu_is_the_exact_one(models):
+    x = torch.cat([torch.linspace(-9, 9, 1_000_003), torch.tensor([0.0, 1e-30, 1e4, 1e30])])
+    (answer,) = models["gelu"].execute(x)
+    right = F.gelu(x.double())
+    error = (torch.from_dlpack(answer).double() - right).abs()
+    assert (error <= 1.1e-6 * x.abs().clamp(max=1).double() + 2.4e-7 * right.abs()).all()
+    tanh = (F.gelu(x.double(), approximate="tanh") - right).abs().max()
+    assert tanh > 100 * error[x.abs() < 9].max()  # that it would be told apart
+
+
+def test_gelu_does_not_hide_nan(models):
+    (answer,) = models["gelu"].execute(torch.tensor([float("nan"), float("inf")]))
+    assert torch.from_dlpack(answer).tolist()[1] == float("inf")
+    assert torch.from_dlpack(answer).isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("which", range(3))

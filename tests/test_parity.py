@@ -20,6 +20,7 @@ import torch
 from conftest import SAMPLES, sample_rows
 from safetensors.numpy import save_file
 
+import encoder.engine
 import weights
 from encoder.audio import load_audio, windows
 from validation import command, limits
@@ -443,6 +444,8 @@ def test_an_interrupt_is_a_sentence(monkeypatch, capsys):
         ([DEMO, "--save", "x", "--fail-fast"], "--save"),
         ([DEMO, "--json", "x", "--html", "x"], "twice"),
         ([DEMO, "--json", "."], "folder"),
+        ([DEMO, "--device", "gpu", "--candidate", "torch"], "of the candidate max alone"),
+        ([DEMO, "--device", "gpu", "--part", "decoder"], "for the encoder"),
     ],
 )
 def test_what_cannot_be_done_is_a_sentence_and_status_2(arguments: list[str], said: str, capsys):
@@ -455,6 +458,13 @@ def test_what_cannot_be_done_is_a_sentence_and_status_2(arguments: list[str], sa
     assert said in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(encoder.engine, "accelerator_count", lambda: 0)
+    arguments = [DEMO, "--model", "demo", "--device", "gpu", "--no-transcript"]
+    assert main(["parity", *arguments]) == 2
+    assert "device gpu was asked for and MAX sees none" in capsys.readouterr().err
 
 
 def test_the_module_lists_its_commands(capsys):

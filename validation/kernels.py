@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from max.dtype import DType
-from max.graph import DeviceRef, Graph, Module, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Graph, Module, TensorType, TensorValue
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
