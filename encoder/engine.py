@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -279,7 +279,8 @@ def in_place(x: Tensor) -> Buffer:
 
 @contextmanager
 def calm() -> Iterator[None]:
-    """Threads that start inside wake late from a sleep of a given length, by up to TIMER_SLACK.
+    """The caller, and for good the threads that start inside, wake late from a sleep of a given
+    length, by up to TIMER_SLACK.
 
     With the first execution of a process MAX starts a thread that wakes every 100 us from then on,
     each time at the cost of one that computes (docs/kernels.md). On Linux a thread inherits the
@@ -326,7 +327,7 @@ class Bound:
             buffers = [x if isinstance(x, Buffer) else Buffer.from_dlpack(x) for x in inputs]
             if not self._device.is_host:
                 buffers = [buffer.to(self._device) for buffer in buffers]
-            with calm():
+            with calm() if self._device.is_host else nullcontext():
                 results = model.execute(*buffers)
             if not self._device.is_host:
                 results = [result.to(CPU()) for result in results]

@@ -11,9 +11,9 @@ graph of single stages. Two arguments make that possible:
     weight(name) -> TensorValue    where a tensor comes from: an external constant, a graph input
     tap(name, x) -> TensorValue    looks at `x` and returns what the network goes on with
 
-Products and attention are written here with MAX's operations, which run on any device in any dtype.
-A graph that is built with `kernels.operations` has this project's own in their place, written in
-Mojo, for the CPU in float32: the same function, another order of the sums.
+Products, attention and GELU are written here with MAX's operations, which run on any device in any
+dtype. A graph that is built with `kernels.operations` has this project's own in their place, for
+the CPU in float32: the same function, another order of the sums.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def no_tap(name: str, x: TensorValue) -> TensorValue:
 
 
 def gelu(x: TensorValue) -> TensorValue:
-    """`GELU`, exact: x * Phi(x), no tanh; of any shape."""
+    """`GELU`, exact, no tanh: x * Phi(x), of any shape, in x's dtype."""
     return kernels.gelu(x) if kernels.serve() else ops.gelu(x, approximate="none")
 
 

@@ -1,4 +1,5 @@
-"""The operations of `encoder/mojo` in a graph: products and attention of the encoder on the CPU.
+"""The operations of `encoder/mojo` in a graph: products and attention of the encoder on the CPU;
+and a GELU.
 
 They compute what MAX's own do, in float32, in less time (docs/kernels.md). A graph that is built
 with `operations` uses them, every other one MAX's. What is added to a product or made of it,
@@ -23,8 +24,8 @@ SOURCES = (__file__, *(str(path) for path in sorted(MOJO.glob("*.mojo"))))
 PANEL = 16  # channels; PANEL in product.mojo
 LIBRARY = "max_whisper.mojoc"
 
-# The normal distribution's Phi(x) - 1/2 = x P(x^2) / Q(x^2), from the constant on, for x within
-# SATURATED; beyond it Phi is 0 or 1 in float32. Fitted: the largest error is 1.5e-8.
+# The normal distribution's Phi(x) - 1/2 = x P(x^2) / Q(x^2), factors from the constant on, for x
+# within SATURATED, beyond which that is 1/2 or -1/2 in float32 (docs/kernels/fit_phi.py).
 SATURATED = 5.543717384338379
 PHI_P = (
     0.398942232131958,
@@ -132,7 +133,7 @@ def polynomial(x: TensorValue, factors: Sequence[float]) -> TensorValue:
 
 
 def gelu(x: TensorValue) -> TensorValue:
-    """`GELU`, the exact one, x * Phi(x), within 1.1e-6 of it for |x| < 8; of any shape.
+    """`GELU`, the exact one, x * Phi(x), within 1.1e-6 of it for |x| < 8; x float32 of any shape.
 
     Not of Mojo but of the graph's operations, for the compiler to fuse; MAX's own, `ops.gelu`, has
     an erf that costs several times as much (docs/kernels.md)."""
