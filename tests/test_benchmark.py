@@ -18,6 +18,8 @@ from conftest import SAMPLES
 from safetensors.torch import save_file
 from test_peers import ENGLISH
 
+import encoder.engine
+from encoder.engine import EngineError
 from validation import benchmark, benchmark_measure
 from validation.benchmark_measure import (
     BenchmarkError,
@@ -88,6 +90,14 @@ def test_every_variant_and_peer_is_a_system():
     assert not system(BATCHED_NAME).compiles
     assert system("max-fast").compiles
     assert BATCHED_NAME in OURS
+
+
+def test_max_gpu_asks_for_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(encoder.engine, "accelerator_count", lambda: 0)
+    one, said = system("max-gpu"), "device gpu was asked for and MAX sees none"
+    assert said in str(one.cannot_run())
+    with pytest.raises(EngineError, match=said):
+        one.load(Job("max-gpu", "demo", True, 1, tmp_path))
 
 
 class FakeWorker:
