@@ -98,6 +98,7 @@ def test_proof_that_max_ran(ours, demo_checkpoint, mel):
     assert proof["kernels"]["max_whisper.conv1d"] == 2
     assert proof["kernels"]["matmul"] == proof["kernels"]["softmax"] == 0
     assert proof["kernels"]["layer_norm"] == 2 * layers + 1
+    assert (proof["kernels"]["mo.div"], proof["kernels"]["gelu"]) == (2 + layers, 0)  # our GELU
     assert proof["perturbed"] == "blocks.0.mlp.0.bias"
     assert proof["output_changed_by"] > 1e-3  # what the reference's output changes by
     tensors = {**demo_checkpoint.tensors}

@@ -36,6 +36,7 @@ import encoder.graph as graph
 import weights
 from decoder_bridge.model import stock_model
 from encoder.audio import load_audio, windows
+from validation.metrics import relative_l2
 from validation.reference import Reference
 
 DTYPES = {
@@ -50,10 +51,6 @@ LECTURE = Path(__file__).parents[2] / "samples" / "lecture.flac"
 
 matmul = TensorValue.__matmul__
 Encode = Callable[[Tensor], Tensor]  # float32 on the CPU, both
-
-
-def relative_l2(x: Tensor, right: Tensor) -> float:
-    return float((x.double().cpu() - right.double().cpu()).norm() / right.double().cpu().norm())
 
 
 def flash(q: TensorValue, k: TensorValue, v: TensorValue, n_head: int, mask: Any = None) -> Any:
@@ -126,7 +123,7 @@ def products(gpu: Accelerator) -> dict[str, Any]:
                         "K": w.shape[0],
                         "N": w.shape[1],
                         "max": relative_l2(answers.pop(0), right),
-                        "torch": relative_l2(x.cuda() @ w.cuda(), right),
+                        "torch": relative_l2((x.cuda() @ w.cuda()).cpu(), right),
                     }
                 )
     return {"rows": rows}
@@ -187,8 +184,18 @@ def timing(run: Callable[[int], Callable[[], None]]) -> list[dict[str, Any]]:
     return rows
 
 
-def of_max(name: str, form: str, tiny_en: str, jfk: str) -> dict[str, Any]:
+def weights_of(stock: nn.Module, name: str) -> dict[str, Tensor]:
+    """The encoder's tensors as a graph in this dtype binds them."""
     dtype, torch_dtype = DTYPES[name]
+    bound = {}
+    for key, shape in graph.encoder_shapes(weights.load("demo").dims).items():
+        narrow = graph.kept_as(key, shape, dtype) == dtype
+        bound[key] = stock.state_dict()[key].to(torch_dtype if narrow else torch.float32)
+    return bound
+
+
+def of_max(name: str, form: str, tiny_en: str, jfk: str) -> dict[str, Any]:
+    dtype = DTYPES[name][0]
     gpu = Accelerator()
     if form == "flash":
         graph.qkv_attention = flash
@@ -200,13 +207,7 @@ def of_max(name: str, form: str, tiny_en: str, jfk: str) -> dict[str, Any]:
     mels, found = clips(jfk), {"dtype": name, "form": form, "parity": []}
     models = {}
     for which, stock in encoders(tiny_en).items():
-        tensors = dict(stock.state_dict())
-        bound = {
-            n: tensors[n]
-            .to(torch_dtype if graph.kept_as(n, shape, dtype) == dtype else torch.float32)
-            .contiguous()
-            for n, shape in graph.encoder_shapes(demo.dims).items()
-        }
+        bound = weights_of(stock, name)
         models[which] = model = session.init(compiled, weights_registry=bound)
 
         def encode(mel: Tensor, model: Any = model) -> Tensor:
@@ -242,21 +243,15 @@ def of_max(name: str, form: str, tiny_en: str, jfk: str) -> dict[str, Any]:
 
 def taps(name: str, jfk: str) -> dict[str, Any]:
     """Every tap of the network in one dtype against the stock encoder's in float32."""
-    dtype, torch_dtype = DTYPES[name]
+    dtype = DTYPES[name][0]
     gpu, demo = Accelerator(), weights.load("demo")
     session = InferenceSession(devices=[gpu])
-    tensors = Reference(demo).stock.state_dict()
-    bound = {
-        n: tensors[n]
-        .to(torch_dtype if graph.kept_as(n, shape, dtype) == dtype else torch.float32)
-        .contiguous()
-        for n, shape in graph.encoder_shapes(demo.dims).items()
-    }
     compiled = session.compile(graph.build_tapped(demo.dims, DeviceRef.GPU(), dtype))
-    model = session.init(compiled, weights_registry=bound)
+    reference = Reference(demo)
+    model = session.init(compiled, weights_registry=weights_of(reference.stock, name))
     mel = clips(jfk)["jfk"]
     answers = on_cpu(model.execute(Buffer.from_dlpack(mel.contiguous()).to(gpu)))
-    right = Reference(demo).taps(mel)
+    right = reference.taps(mel)
     rows = [
         {"tap": tap, "relative_l2": relative_l2(answer, right[tap])}
         for tap, answer in zip(graph.tap_names(demo.dims), answers, strict=True)
